@@ -1,0 +1,256 @@
+"""Draw the demo's data set: portraits of cats in ten coats, no download needed.
+
+A cat is a pure function of (seed, index): a pose, a light, a coat, and dice for each part of the face. Shapes live in
+head coordinates (u, v): the origin lies between the eyes, the cheeks at u = -1 and 1, the crown at v = -0.9, the chin
+at v = 0.9. Each shape becomes an anti-aliased mask and is painted over the picture, back to front.
+
+    python demo/cats.py                          # a contact sheet, cats.png: ten columns (coats), six rows
+    python demo/cats.py --rows 10 --seed 3 --out more.png
+"""
+import argparse
+import colorsys
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+GOLD, GREEN, AMBER, BLUE, COPPER = (250, 206, 62), (150, 204, 92), (240, 160, 44), (92, 172, 240), (222, 122, 44)
+LOOKS = {  #       fur              muzzle           eyes, one of
+    "black":        ((46, 44, 52),    (60, 57, 65),    (GOLD, GREEN, AMBER)),
+    "white":        ((243, 241, 238), (252, 250, 248), (BLUE, GREEN, GOLD)),
+    "grey":         ((134, 143, 158), (164, 171, 183), (GOLD, GREEN, COPPER)),
+    "ginger tabby": ((238, 156, 76),  (252, 228, 196), (GREEN, AMBER, GOLD)),
+    "cream":        ((238, 206, 152), (250, 234, 206), (COPPER, BLUE, GREEN)),
+    "brown":        ((116, 74, 50),   (142, 96, 68),   (AMBER, GREEN, GOLD)),
+    "tuxedo":       ((46, 44, 52),    (248, 246, 243), (GREEN, GOLD, AMBER)),
+    "siamese":      ((236, 222, 198), (74, 53, 46),    (BLUE,)),
+    "calico":       ((246, 242, 236), (250, 247, 243), (GREEN, AMBER, GOLD)),
+    "brown tabby":  ((164, 132, 98),  (230, 212, 184), (GREEN, GOLD, AMBER)),
+}
+COATS = tuple(LOOKS)                             # a cat's label is its place here
+MARKINGS = {"ginger tabby": (182, 86, 26), "brown tabby": (62, 44, 34), "siamese": (86, 62, 52),
+            "calico": (228, 138, 56)}
+WHITE, INK, PINK = (np.array(c, np.float32).reshape(3, 1, 1) for c in [(250, 247, 242), (32, 26, 28), (232, 150, 150)])
+
+OVERSAMPLE = 4                                   # masks are drawn this many times larger, then averaged
+ANGLES = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+S = np.linspace(0, 1, 9)[:, None]                # the parameter along a curve
+BOTH = (-1, 1)                                   # the sides of a face: left, right
+
+
+def jitter(rng, colour, amount):
+    """Return colour (RGB, 0..255) a little brighter or darker and a little off in hue: [3,1,1]."""
+    gain = 1 + amount * (rng.uniform(-1, 1) + 0.3 * rng.uniform(-1, 1, (3, 1, 1)))
+    return np.clip(np.reshape(colour, (3, 1, 1)) * gain, 0, 255).astype(np.float32)
+
+
+def oval(u, v, ru, rv, slant=0.0):
+    """Return 36 points [36,2] of an ellipse centred at (u, v) and turned by slant radians."""
+    x, y, c, s = ru * np.cos(ANGLES), rv * np.sin(ANGLES), np.cos(slant), np.sin(slant)
+    return np.stack([u + x * c - y * s, v + x * s + y * c], 1)
+
+
+def stroke(start, end, width, bend=0.0, taper=0.0):
+    """Return a brush stroke [18,2]: width at its start, width * taper at its end, bent sideways in between."""
+    start, along = np.array(start), np.subtract(end, start)
+    normal = np.array([-along[1], along[0]]) / np.hypot(*along)
+    spine = start + S * along + 4 * bend * S * (1 - S) * normal
+    half = width / 2 * (1 - (1 - taper) * S ** 2) * normal
+    return np.concatenate([spine + half, (spine - half)[::-1]])
+
+
+def rounded(corners):
+    """Return the closed quadratic B-spline [9n,2] of n control points: a polygon with every corner rounded."""
+    q = np.array(corners)[:, None]                                       # [n,1,2]
+    enter, leave = (np.roll(q, 1, 0) + q) / 2, (q + np.roll(q, -1, 0)) / 2
+    return ((1 - S) ** 2 * enter + 2 * S * (1 - S) * q + S ** 2 * leave).reshape(-1, 2)
+
+
+class Canvas:
+    """A picture [3,H,W] in progress, with the pose of the head and the light that falls on it."""
+
+    def __init__(self, rng, size, backdrop):
+        self.size, self.scale = size, rng.uniform(0.335, 0.39)           # scale: half a head's width
+        self.centre = np.array([0.5, 0.57]) + rng.uniform(-0.04, 0.04, 2)
+        self.yaw, self.pitch = rng.uniform(-0.16, 0.16), rng.uniform(-0.06, 0.07)
+        tilt = np.clip(rng.normal(0, 0.13), -0.3, 0.3)
+        c, s = np.cos(tilt), np.sin(tilt)
+        self.axes = self.scale * np.array([[c, s], [-s, c]])             # (u, v) @ axes is the offset from centre
+
+        pixel = (np.arange(size) + 0.5) / size
+        xy = np.stack(np.meshgrid(pixel, pixel), -1)                     # [H,W,2] in 0..1
+        u, v = np.moveaxis((xy - self.centre) @ np.linalg.inv(self.axes), -1, 0)
+        angle = rng.uniform(-np.pi, 0)                                   # the light comes from somewhere above
+        facing = np.clip(u * np.cos(angle) + v * np.sin(angle), -1.3, 1.3)
+        self.light = (0.98 + 0.17 * facing - 0.1 * np.clip(u * u + v * v, 0, 2)).astype(np.float32)
+        glow = (xy - 0.5) @ (np.cos(angle), np.sin(angle))
+        self.image = (backdrop * (1 + 0.4 * glow)).astype(np.float32)
+
+    def turned(self, points):
+        """Move points of the face as the head turns: most in its middle, not at all at its rim."""
+        return points + (self.yaw, self.pitch) * np.maximum(1 - points ** 2, 0)
+
+    def mask(self, *shapes, blur=0.0):
+        """Return the coverage [H,W] in 0..1 of the union of polygons in (u, v); blur is a radius in (u, v)."""
+        big = self.size * OVERSAMPLE
+        picture = Image.new("L", (big, big))
+        pen = ImageDraw.Draw(picture)
+        for points in shapes:
+            pen.polygon(((points @ self.axes + self.centre) * big).ravel().tolist(), fill=255)
+        picture = picture.reduce(OVERSAMPLE)
+        if blur:
+            picture = picture.filter(ImageFilter.GaussianBlur(blur * self.scale * self.size))
+        return np.asarray(picture, np.float32) / 255
+
+    def paint(self, mask, colour):
+        """Blend the colour [3,1,1], shaded by the light, into the picture; the sum models black fur, too."""
+        self.image += mask * (colour * self.light + 40 * (self.light - 0.95) - self.image)
+
+
+def head_outline(rng):
+    """Return the head's polygon: a round skull, wide cheeks with a tuft of fur each, a small chin."""
+    cheek, chin, tuft = rng.uniform(0.98, 1.1), rng.uniform(0.88, 0.96), rng.uniform(0.0, 0.14)
+    half = np.array([(0.25, -0.88), (0.66, -0.76), (0.95, -0.36), (cheek, 0.08), (cheek + tuft, 0.4),
+                     (cheek + tuft - 0.05, 0.48), (0.84, 0.6), (0.6, 0.8), (0.26, chin)])
+    return rounded(np.concatenate([half, half[::-1] * (-1, 1)]))
+
+
+def ear_outlines(rng, yaw):
+    """Return the polygons of the left and the right ear, their lower parts hidden behind the head."""
+    tip_u, tip_v, inner = rng.uniform(0.66, 0.88), rng.uniform(-1.34, -1.14), rng.uniform(0.08, 0.18)
+    ears = []
+    for side in BOTH:
+        u = tip_u * (1 - 0.5 * side * yaw)                               # the ear turned away looks narrower
+        middle_v = tip_v / 2 - 0.4
+        ears.append(rounded([(inner, -0.66), ((inner + u) / 2 - 0.07, middle_v), (u - 0.05, tip_v), (u + 0.04, tip_v),
+                             (u / 2 + 0.58, middle_v + 0.22), (0.97, -0.1), (0.4, -0.2)]) * (side, 1))
+    return ears
+
+
+def tabby_stripes(rng):
+    """Return a tabby's strokes: a fan on the forehead, bars on the cheeks."""
+    width, fan, count = rng.uniform(0.13, 0.18), rng.uniform(0.26, 0.34), rng.integers(1, 3)
+    strokes = [stroke((0, -1.0), (0, -0.28), width, taper=0.3)]
+    bars = np.linspace(-0.1, 0.5, rng.integers(3, 5))
+    for side in BOTH:
+        for k in range(1, count + 1):
+            strokes.append(stroke((side * fan * k, -1.0), (side * 0.2 * k, -0.4), width, 0.04 * side, 0.3))
+        strokes += [stroke((side * 1.25, v), (side * 0.62, v + 0.08), 0.9 * width, -0.05 * side) for v in bars]
+    return strokes
+
+
+def draw_coat(canvas, rng, coat, head, ears, marking, muzzle):
+    """Paint what tells the coats apart, stripes, mask, patches or blaze, onto the head; then the muzzle."""
+    def on_head(shapes, colour, blur=0.0):
+        canvas.paint(head * canvas.mask(*map(canvas.turned, shapes), blur=blur), colour)
+
+    cheeks, softness = [oval(s * 0.18, 0.52, 0.28, 0.22) for s in BOTH] + [oval(0, 0.72, 0.2, 0.16)], 0.06
+    if coat.endswith("tabby"):
+        on_head(tabby_stripes(rng), marking)
+    elif coat == "siamese":
+        on_head([oval(0, 0.22, rng.uniform(0.42, 0.6), rng.uniform(0.5, 0.64))], marking, blur=0.16)
+        canvas.paint((1 - head) * canvas.mask(*ears), marking)
+    elif coat == "calico":
+        for side, colour in zip(rng.permutation(BOTH), (marking, INK + 20)):
+            patch = oval(side * rng.uniform(0.55, 0.75), rng.uniform(-0.5, -0.2), rng.uniform(0.44, 0.58),
+                         rng.uniform(0.45, 0.65), side * rng.uniform(-0.5, 0.5))
+            ear = canvas.mask(ears[max(side, 0)])                        # one patch covers ear and brow, seamlessly
+            canvas.paint((1 - head) * ear + head * canvas.mask(canvas.turned(patch)), colour)
+    elif coat == "tuxedo":
+        brow, width, softness = rng.uniform(-0.9, -0.1), rng.uniform(0.1, 0.3), 0.0
+        half = np.array([(width / 2, 0.1), (0.64, 0.38), (0.6, 0.8), (0.1, 1.1)])
+        cheeks = [rounded([(0, brow), *half, *half[::-1] * (-1, 1)])]
+    on_head(cheeks, muzzle, softness)
+
+
+def draw_eyes(canvas, rng, iris):
+    """Paint two eyes: dark rim, iris in the shade of its lid, pupil, highlight."""
+    apart, level, slant = rng.uniform(0.4, 0.47), rng.uniform(-0.08, 0.04), rng.uniform(-0.3, -0.05)
+    wide, high, pupil = rng.uniform(0.25, 0.3), rng.uniform(0.17, 0.27), rng.uniform(0.07, 0.17)
+    gaze_u, gaze_v = rng.uniform((-0.07, -0.02), (0.07, 0.03))
+
+    def pair(du, dv, ru, rv, slant=0.0, blur=0.0):                       # an oval per eye, off its centre by (du, dv)
+        ovals = [oval(s * apart + du, level + dv, ru, rv, s * slant) for s in BOTH]
+        return canvas.mask(*map(canvas.turned, ovals), blur=blur)
+
+    eye = pair(0, 0, wide, high, slant)
+    canvas.paint(pair(0, 0, wide + 0.05, high + 0.05, slant), INK)
+    canvas.paint(eye, iris)
+    canvas.paint(eye * pair(0, -0.8 * high, wide, 0.65 * high, blur=0.05), 0.6 * iris)
+    canvas.paint(eye * pair(gaze_u, gaze_v, pupil, max(pupil, 0.9 * high)), INK)
+    canvas.paint(pair(0.6 * gaze_u - 0.08, 0.6 * gaze_v - 0.09, 0.065, 0.065), WHITE)
+
+
+def draw_face(canvas, rng, nose, mouth, whisker):
+    """Paint mouth, nose and whiskers in the colours given."""
+    wide, tip = rng.uniform(0.12, 0.16), 0.45                            # tip: where the nose ends, the mouth begins
+    lips = [stroke((0, tip), (0, tip + 0.08), 0.05, taper=1)]
+    lips += [stroke((0, tip + 0.07), (s * 0.25, tip + 0.07), 0.06, 0.08 * s, 0.5) for s in BOTH]
+    canvas.paint(0.8 * canvas.mask(*map(canvas.turned, lips)), mouth)
+    triangle = [(-wide, tip - 0.2), (wide, tip - 0.2), (wide, tip - 0.12), (0, tip), (-wide, tip - 0.12)]
+    canvas.paint(canvas.mask(canvas.turned(rounded(triangle))), nose)
+
+    length, droop = rng.uniform(0.65, 0.95), rng.uniform(-0.1, 0.12)
+    strokes = []
+    for side in BOTH:
+        root = canvas.turned(np.array([side * 0.36, tip + 0.03]))
+        strokes += [stroke(root + (0, 0.1 * k), root + (side * length, 0.34 * k + droop), 0.05, -0.06 * side, 0.3)
+                    for k in (-1, 0, 1)]
+    canvas.paint(0.7 * canvas.mask(*strokes), whisker)
+
+
+def draw(rng, coat, size=64):
+    """Draw one cat of COATS[coat], all that varies drawn from the np.random.Generator; return uint8 [size,size,3]."""
+    name = COATS[coat]
+    fur, muzzle, eyes = LOOKS[name]
+    fur, muzzle, marking = (jitter(rng, colour, 0.08) for colour in (fur, muzzle, MARKINGS.get(name, fur)))
+    pale = fur.mean() > 180
+    value = rng.uniform(0.42, 0.68) if pale else rng.uniform(0.66, 0.86)  # so that the head stands out
+    backdrop = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.12, 0.36), value)
+    canvas = Canvas(rng, size, 255 * np.reshape(backdrop, (3, 1, 1)))
+
+    skull, ears, shoulder = head_outline(rng), ear_outlines(rng, canvas.yaw), rng.uniform(0.8, 1.0)
+    head = canvas.mask(skull)
+    chest = canvas.mask(rounded([(-0.5, 0.3), (0.5, 0.3), (shoulder, 1.0), (1.2, 2.6), (-1.2, 2.6), (-shoulder, 1.0)]))
+    canvas.paint(chest, 0.94 * fur)
+    if name == "tuxedo":
+        canvas.paint(chest * canvas.mask(oval(0, 1.3, 0.42, 0.75)), 0.95 * muzzle)
+    canvas.paint(0.5 * chest * canvas.mask(skull + (0, 0.12), blur=0.1), 0.5 * fur)    # the shadow of the head
+    canvas.paint(canvas.mask(*ears), 0.94 * fur)
+    canvas.paint(head, fur)
+    draw_coat(canvas, rng, name, head, ears, marking, muzzle)
+    middle = np.array([0.58, -0.68])                                     # of an ear, which the inner ear shrinks to
+    inner = [middle * (s, 1) + 0.62 * (ear - middle * (s, 1)) for s, ear in zip(BOTH, ears)]
+    flesh = 0.6 * PINK + 0.4 * (marking if name == "siamese" else fur)
+    canvas.paint((1 - head) * canvas.mask(*inner, blur=0.03), flesh)
+    draw_eyes(canvas, rng, jitter(rng, eyes[rng.integers(len(eyes))], 0.1))
+    nose = jitter(rng, PINK, 0.15)
+    draw_face(canvas, rng, nose, nose * (0.4 if muzzle.mean() > 110 else 0.75), INK + 60 if pale else WHITE)
+    levels = (canvas.image.clip(0, 252) / 4).round() * 4                 # 64 levels a channel: files half the size
+    return levels.astype(np.uint8).transpose(1, 2, 0)
+
+
+def cats(n, seed, size=64):
+    """Draw n cats, coats in turn: images uint8 [n,size,size,3] and labels uint8 [n], label i = i % 10.
+
+    Image i depends on (seed, i) alone, so a longer set begins with the shorter one.
+    """
+    labels = np.arange(n) % len(COATS)
+    images = np.empty((n, size, size, 3), np.uint8)
+    for i in range(n):
+        images[i] = draw(np.random.default_rng((seed, i)), labels[i], size)
+    return images, labels.astype(np.uint8)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Draw a contact sheet of cats, a column per coat.")
+    parser.add_argument("--out", default="cats.png", help="picture to write")
+    parser.add_argument("--rows", type=int, default=6, help="cats per coat")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other cats")
+    args = parser.parse_args()
+    images, _ = cats(args.rows * len(COATS), args.seed)
+    rows = images.reshape(args.rows, len(COATS), *images.shape[1:])      # [rows,10,H,W,3]
+    Image.fromarray(np.concatenate(np.concatenate(rows, 1), 1)).save(args.out)
+
+
+if __name__ == "__main__":
+    main()

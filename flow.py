@@ -1,0 +1,211 @@
+"""The paper: Purrception, variational flow matching for vector-quantized latents (Matisan et al., arXiv 2510.01478).
+
+    path        z_t = t z1 + (1 - t) z0,   z0 ~ N(0, I),   z1 = e_c,   t ~ U(0, 1)
+    posterior   pi  = softmax(logits(z_t, t, y) / tau)                                    (12, 15)
+    mean        mu  = sum_k pi_k e_k
+    velocity    v   = (mu - z_t) / (1 - t)                                                (13)
+    loss        -log pi_c  +  1e-5 (log sum_k exp logit_k)^2                              (14) + z-loss, Sec. 3.3
+    guidance    logits = u + w (c - u),  c with the class, u without
+    sampling    for s = 0..T-1: t = s/T, z <- z + v/T; then the nearest code              (Appendix B)
+
+The path is continuous, the belief about its end is a distribution over codes. Nothing here knows the transformer: a
+network is handed in, of which only hidden(z, t, y) and final_layer.linear are called.
+
+Shapes: B batch, N tokens of p x p positions each (G = p*p), D width, K codes, d code dimension, h w grid, P positions.
+"""
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CHUNK = 2 ** 23    # logits that exist at once: 32 MiB in float32. Larger buys no speed, smaller starves the matrix products.
+
+
+def seeded(device, *key):
+    """Return a torch.Generator on device that is a pure function of the integers in key."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+# ------------------------------------------------------------------------------- positions and tokens
+
+def to_tokens(codes, p):
+    """Order codes [B,h,w] as the network's output is ordered: [B,N,p*p]."""
+    B, h, w = codes.shape
+    return codes.view(B, h // p, p, w // p, p).transpose(2, 3).reshape(B, -1, p * p)
+
+
+def to_grid(x, p, h, w):
+    """Undo to_tokens for vectors: x [B,N,p*p,C] to [B,h,w,C]."""
+    x = x.view(len(x), h // p, w // p, p, p, -1)
+    return x.transpose(2, 3).reshape(len(x), h, w, -1)
+
+
+# ------------------------------------------------------------------------------- head and loss, in chunks
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The head's matrix product, softmax, cross-entropy and z-loss, a chunk of logits at a time.
+
+    The gradient of ce + z with respect to one position's logits is  pi (1 + 2 z_weight lse) - onehot(c),  so it is known
+    as soon as the logits are: it is formed in their place, multiplied into the gradients of h and of the weights, and
+    dropped. backward() only scales the result.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, bias, target, z_weight, want_gradients):
+        device = h.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        D, P = h.shape[-1], target.numel()
+        rows = h.detach().reshape(-1, D).to(dtype)                       # [R,D]
+        target = target.reshape(len(rows), -1)                           # [R,G]
+        G = target.shape[1]
+        W, b = weight.detach().to(dtype).view(G, -1, D), bias.detach().to(dtype).view(G, -1)  # [G,K,D], [G,K]
+        exact = torch.promote_types(dtype, torch.float32)                # float32 island; float64 stays
+        ce, z, hits = (torch.zeros((), dtype=exact, device=h.device) for _ in range(3))
+        dh, dW, db = (torch.zeros_like(x, dtype=exact) if want_gradients else None for x in (rows, W, b))
+        step = max(1, CHUNK // W.shape[1])
+
+        with torch.autocast(device, enabled=False):
+            for g in range(G):
+                for i in range(0, len(rows), step):
+                    x, c = rows[i:i + step], target[i:i + step, g, None]
+                    logits = torch.addmm(b[g], x, W[g].T).to(exact)      # [step,K]
+                    top = logits.amax(1, keepdim=True)
+                    of_target = logits.gather(1, c)
+                    logits.sub_(top).exp_()
+                    total = logits.sum(1, keepdim=True)
+                    lse = top + total.log()
+                    ce += (lse - of_target).sum()
+                    z += lse.square().sum()
+                    hits += (of_target == top).sum()
+                    if want_gradients:                                   # in place: exp(logit - top) becomes dlogit
+                        logits.mul_((1 + 2 * z_weight * lse) / total)
+                        logits.scatter_add_(1, c, torch.full_like(of_target, -1))
+                        dlogits = logits.to(dtype)
+                        dh[i:i + step] += dlogits @ W[g]
+                        dW[g] += dlogits.T @ x
+                        db[g] += logits.sum(0)
+                    del logits                                           # before the next chunk takes its place
+
+        if want_gradients:
+            ctx.save_for_backward(*(d.div_(P).view_as(x).to(x.dtype) for d, x in zip((dh, dW, db), (h, weight, bias))))
+        ce, z = ce / P, z_weight * z / P
+        outputs = ce + z, ce, z, hits / P
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx, scale, *_):
+        return *(d * scale.to(d.dtype) for d in ctx.saved_tensors), None, None, None
+
+
+@torch.compiler.disable            # the loop over chunks is to stay a loop
+def head_loss(h, weight, bias, target, z_weight):
+    """Compute loss, ce, z as linear_cross_entropy does, and the share of positions whose target is the arg max."""
+    want = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
+    return LinearCrossEntropy.apply(h, weight, bias, target, z_weight, want)
+
+
+def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
+    """Apply a linear head, softmax cross-entropy and z-loss (Eq. 14, Sec. 3.3) without ever holding all logits.
+
+    h [...,D]; weight [G*K,D] and bias [G*K], the head; target [...] int64, or [...,G] where a row carries G positions.
+    Returns scalars loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2), means over all positions.
+    Only loss has gradients. Extra memory: one chunk of logits and the gradients themselves.
+    """
+    return head_loss(h, weight, bias, target, z_weight)[:3]
+
+
+# ------------------------------------------------------------------------------- the method
+
+class Purrception(nn.Module):
+    """Learn a posterior over codes along a straight path from noise, and follow its mean to an image.
+
+    model     network with hidden(z, t, y) -> [B,N,D], final_layer.linear: D -> p*p*K, input_size and num_classes
+    codebook  [K,d], frozen
+    z_loss    weight of the z-loss; label_dropout: share of labels replaced by "no class", which guidance needs
+    """
+
+    def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
+        super().__init__()
+        self.model, self.z_loss, self.label_dropout = model, z_loss, label_dropout
+        self.register_buffer("codebook", codebook.detach().float(), persistent=False)
+        self.patch = math.isqrt(model.final_layer.linear.out_features // len(codebook))
+
+    def noise(self, B, h, w, generator=None):
+        """Draw what one training step needs: times t [B], noise z0 [B,d,h,w], labels to drop [B] bool."""
+        device, d = self.codebook.device, self.codebook.shape[1]
+        t = torch.rand(B, generator=generator, device=device)
+        z0 = torch.randn(B, d, h, w, generator=generator, device=device)
+        return t, z0, torch.rand(B, generator=generator, device=device) < self.label_dropout
+
+    def forward(self, codes, y, generator=None, noise=None):
+        """Compute the training loss of codes [B,h,w] and classes y [B]: scalar, {"ce", "z", "accuracy"}."""
+        t, z0, drop = self.noise(*codes.shape, generator) if noise is None else noise
+        z1 = F.embedding(codes, self.codebook).movedim(-1, 1)            # [B,d,h,w]
+        s = t.view(-1, 1, 1, 1)
+        z = s * z1 + (1 - s) * z0
+        if self.label_dropout > 0:
+            y = y.masked_fill(drop, self.model.num_classes)
+        return self.loss(z, t, y, codes)
+
+    def loss(self, z, t, y, codes):
+        """Compute -log pi_c + z-loss (Eq. 14) at the point z [B,d,h,w] of the path: scalar, {"ce", "z", "accuracy"}."""
+        head = self.model.final_layer.linear
+        h = self.model.hidden(z, t, y)                                   # [B,N,D]
+        loss, ce, z_loss, accuracy = head_loss(h, head.weight, head.bias, to_tokens(codes, self.patch), self.z_loss)
+        return loss, {"ce": ce, "z": z_loss, "accuracy": accuracy}
+
+    def _map_posterior(self, f, z, t, y, tau, cfg):
+        """Apply f to pi [.,K] a chunk of positions at a time: [B,h,w,C] for f's C outputs. One network call."""
+        head, K = self.model.final_layer.linear, len(self.codebook)
+        if cfg != 1:                                                     # with and without the class, in one batch
+            z2, t2, y2 = torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.model.num_classes)])
+            x = self.model.hidden(z2, t2, y2)
+            cond, uncond = x.flatten(0, 1).chunk(2)                      # [BN,D] each
+        else:
+            cond = uncond = self.model.hidden(z, t, y).flatten(0, 1)
+        out = []
+        for W, b in zip(head.weight.split(K), head.bias.split(K)):       # a position of the patch at a time
+            parts = []
+            for c, u in zip(cond.split(max(1, CHUNK // K)), uncond.split(max(1, CHUNK // K))):
+                logits = F.linear(c, W, b).float()
+                if cfg != 1:
+                    logits = torch.lerp(F.linear(u, W, b).float(), logits, cfg)
+                parts.append(f(torch.softmax(logits / tau, 1)))          # (12, 15)
+            out.append(torch.cat(parts))
+        return to_grid(torch.stack(out, 1).view(len(z), -1, len(out), out[0].shape[1]), self.patch, *z.shape[2:])
+
+    def posterior(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute pi [B,h,w,K] (Eq. 12, 15), the belief about z [B,d,h,w] at times t [B]; cfg guides the logits."""
+        return self._map_posterior(lambda pi: pi, z, t, y, tau, cfg)
+
+    def mean(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute mu = sum_k pi_k e_k [B,d,h,w], in chunks: never all of pi."""
+        return self._map_posterior(lambda pi: pi @ self.codebook, z, t, y, tau, cfg).movedim(-1, 1)
+
+    def velocity(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute v = (mu - z) / (1 - t), [B,d,h,w] (Eq. 13)."""
+        return (self.mean(z, t, y, tau, cfg) - z) / (1 - t.view(-1, 1, 1, 1))
+
+    @torch.no_grad()
+    def sample(self, y, steps=100, tau=0.9, cfg=1.0, noise=None):
+        """Sample codes [B,h,w] for classes y [B] by `steps` Euler steps, one network call each, from noise [B,d,h,w].
+
+        The authors' release takes steps - 1 steps and divides by 1 - t + 1e-6; here the last step lands on mu exactly.
+        """
+        side = self.model.input_size
+        z = torch.randn(len(y), self.codebook.shape[1], side, side, device=y.device) if noise is None else noise
+        for s in range(steps):
+            t = torch.full((len(y),), s / steps, device=z.device)
+            z = z + self.velocity(z, t, y, tau, cfg) / steps
+        return self.nearest(z)
+
+    def nearest(self, z):
+        """Return argmin_k |z - e_k|^2 for z [B,d,h,w]: codes [B,h,w], in chunks (|z|^2 is the same for all k)."""
+        e2, rows = self.codebook.square().sum(1), z.movedim(1, -1)       # [K], [B,h,w,d]
+        codes = [torch.addmm(e2, r, self.codebook.T, alpha=-2).argmin(1)
+                 for r in rows.flatten(0, 2).split(max(1, CHUNK // len(e2)))]
+        return torch.cat(codes).view(rows.shape[:3])

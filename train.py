@@ -1,0 +1,364 @@
+"""Train Purrception on a data directory of codes: one readable loop, on a laptop or on many GPUs.
+
+    python train.py                                            the embedded cats, about 5 minutes on 2 CPU cores
+    torchrun --nproc_per_node=8 train.py --data data/imagenet --name xl2         the paper's run
+    torchrun --nproc_per_node=8 train.py --name xl2 --resume                     goes on where it stopped, bit for bit
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ...   on each machine
+
+Defaults are the paper's; recipe.json in the data directory overrides them, and the command line overrides both. A run
+writes runs/NAME/: ckpt.pt (newest), log.jsonl, and samples/ of the EMA weights from one fixed noise.
+
+There is no hidden state: the order of the data is a function of (seed, epoch), the noise of (seed, step), and each process
+takes its slice of both. So one process or eight, interrupted or not, see the same training.
+
+Shapes: B global batch, b micro-batch of one process, h w grid of codes.
+"""
+import argparse
+import contextlib
+import copy
+import functools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from flow import Purrception, seeded
+from model import SIZES, DiT
+from vq import SUFFIXES, VQ, InputError, join_processes, load_vq, read_checkpoint, replacing, save_image, sheet, to_pixels
+
+HERE = Path(__file__).resolve().parent
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+class Data(NamedTuple):
+    """A data directory, opened: codes [N,h,w] uint16 (memory-mapped), their mirrored twins or None, labels [N], meta."""
+    path: Path
+    codes: np.ndarray
+    twins: np.ndarray | None
+    labels: np.ndarray
+    meta: dict
+
+
+def open_data(path):
+    """Open a data directory (what vq.py writes; demo/ is one). Raises InputError naming the file that is wrong."""
+    path = Path(path).resolve()
+    if not path.is_dir():
+        raise InputError(f"--data {path}: no such folder; give one that vq.py wrote")
+    for name in ("meta.json", "codes.npy", "labels.npy"):
+        if not (path / name).exists():
+            if any(p.suffix.lower() in SUFFIXES for p in path.rglob("*")):
+                raise InputError(f"--data {path}: a folder of images, not of codes; prepare it with: "
+                                 f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
+            raise InputError(f"--data {path}: {name} is missing; give a folder that vq.py wrote")
+    meta = json.loads((path / "meta.json").read_text())
+    codes, labels = np.load(path / "codes.npy", mmap_mode="r"), np.load(path / "labels.npy")
+    twins = np.load(path / "codes_flip.npy", mmap_mode="r") if (path / "codes_flip.npy").exists() else None
+    if codes.ndim != 3 or len(codes) != len(labels) or len(codes) == 0 or codes.shape[1] != codes.shape[2]:
+        raise InputError(f"--data {path}: codes.npy is {codes.shape} and labels.npy {labels.shape}, not [N,h,h] and [N]; "
+                         "encode the images again")
+    if labels.min() < 0 or labels.max() >= len(meta["classes"]):
+        raise InputError(f"--data {path}: labels.npy names class {labels.max()} of {len(meta['classes'])} in meta.json; "
+                         "encode the images again")
+    return Data(path, codes, twins, labels, meta)
+
+
+def open_tokenizer(data, device):
+    """Load the tokenizer a data directory was encoded with; its path in meta.json may be relative to the directory."""
+    return load_vq(data.path / data.meta["tokenizer"]).to(device)
+
+
+@functools.lru_cache(2)
+def epoch_order(N, seed, epoch):
+    """Return the order of N rows in an epoch: a permutation, a pure function of (seed, epoch)."""
+    return np.random.default_rng((seed, epoch)).permutation(N)
+
+
+def batch_rows(N, B, seed, step):
+    """Return the B rows of a step: the epochs' permutations, one behind the other, cut into batches."""
+    place = np.arange(step * B, (step + 1) * B)
+    return np.array([epoch_order(N, seed, e)[i] for e, i in zip(place // N, place % N)])
+
+
+def load_batch(data, rows, mirror, device):
+    """Read codes [B,h,w] int64 and labels [B] int64 of rows [B], the mirrored twin where mirror [B] says so."""
+    codes = data.codes[rows]
+    if data.twins is not None:
+        codes = np.where(mirror[:, None, None], data.twins[rows], codes)
+    to_device = lambda a: torch.from_numpy(a.astype(np.int64)).to(device, non_blocking=True)  # noqa: E731
+    return to_device(codes), to_device(data.labels[rows])
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+def build(args, meta, codebook, side):
+    """Build the method and its network as args say, for this data: grid side, K codes and number of classes."""
+    K, d = codebook.shape
+    model = DiT(input_size=side, in_channels=d, out_channels=K, num_classes=len(meta["classes"]), **SIZES[args["model"]])
+    return Purrception(model, codebook, z_loss=args["z_loss"], label_dropout=args["label_dropout"])
+
+
+def half_precision(device, precision):
+    """Return the autocast that `precision` asks for; auto is bf16 wherever the hardware multiplies it."""
+    if precision == "auto":
+        fast = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
+                any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")))
+        precision = "bf16" if fast else "float32"
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """Move the average towards the weights: ema <- decay ema + (1 - decay) model, all tensors in one call."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------ runs and checkpoints
+
+def newest_run(runs=Path("runs")):
+    """Return the folder of the run whose checkpoint is newest."""
+    found = sorted(runs.glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError(f"{runs}/: holds no checkpoint yet; run python train.py first")
+    return found[-1].parent
+
+
+def new_run(name, rank, world):
+    """Choose and make the folder of a new run: runs/NAME, or the next free number; process 0 decides for all."""
+    choice = [name]
+    if rank == 0:
+        numbers = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
+        choice = [name or f"{max(numbers, default=0) + 1:03d}"]
+        folder = Path("runs") / choice[0]
+        if folder.exists() and any(folder.iterdir()):
+            choice = [None, f"--name {name}: {folder} already holds a run; add --resume to go on with it, or choose another name"]
+        else:
+            (folder / "samples").mkdir(parents=True)
+    if world > 1:
+        dist.broadcast_object_list(choice := (choice + [None])[:2])
+    if choice[0] is None:
+        raise InputError(choice[1])
+    return Path("runs") / choice[0]
+
+
+def save_checkpoint(path, flow, ema, opt, step, args):
+    """Write a checkpoint that torch.load reads with weights_only=True, whole or not at all."""
+    with replacing(path) as partial:
+        torch.save({"model": flow.model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "step": step,
+                    "args": args}, partial)
+
+
+def restore(ckpt, path, flow, ema, opt):
+    """Put a checkpoint's tensors into the networks and the optimizer."""
+    try:
+        flow.model.load_state_dict(ckpt["model"])
+        ema.load_state_dict(ckpt["ema"])
+        opt.load_state_dict(ckpt["opt"])
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{path}: does not fit the network the flags describe; resume with the flags it was trained with "
+                         f"({str(error).splitlines()[0]})") from None
+
+
+class Log:
+    """Append to log.jsonl one line a record; a resumed run first drops the lines past its checkpoint."""
+
+    def __init__(self, path, step):
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+            with replacing(path) as partial:
+                partial.write_text("".join(kept))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, **record):
+        self.file.write(json.dumps(record) + "\n")
+
+
+def peak_memory(device):
+    """Return the most memory used so far in GiB: of the GPU, or without one of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+def train(args, ckpt, run, rank, world, device):
+    """Train as args (a plain dict) say, from ckpt where one is given, until args["steps"] steps are done."""
+    data = open_data(args["data"])
+    vq = open_tokenizer(data, device)
+    N, side = data.codes.shape[:2]
+    B, b = args["global_batch_size"], args["global_batch_size"] // (world * args["accumulate"])
+    torch.manual_seed(args["seed"])
+    flow = build(args, data.meta, vq.codebook, side).to(device)
+    ema = copy.deepcopy(flow.model).requires_grad_(False)
+    params = [p for p in flow.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(params, lr=args["lr"], betas=(0.9, 0.999), eps=1e-6, weight_decay=args["weight_decay"], fused=True)
+    start = ckpt["step"] if ckpt else 0
+    if ckpt:
+        restore(ckpt, run / "ckpt.pt", flow, ema, opt)
+    painter = copy.copy(flow)                              # the same method on the averaged weights
+    painter._modules = dict(flow._modules, model=ema)
+    autocast = half_precision(device, args["precision"])
+    if args["compile"]:
+        flow.model.hidden = torch.compile(flow.model.hidden)
+    ddp = torch.nn.parallel.DistributedDataParallel(flow, gradient_as_bucket_view=True) if world > 1 else flow
+
+    stop = []                                              # filled by Ctrl-C or a scheduler's SIGTERM
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.append(1))
+    log = Log(run / "log.jsonl", start) if rank == 0 else None
+    bar = tqdm(total=args["steps"], initial=start, disable=rank > 0, desc=run.name, unit=" steps", smoothing=0.02)
+    clock, seen = time.perf_counter(), 0
+
+    for step in range(start, args["steps"]):
+        mine = slice(rank * B // world, (rank + 1) * B // world)
+        rows = batch_rows(N, B, args["seed"], step)[mine]
+        mirror = np.random.default_rng((args["seed"], step, 1)).random(B)[mine] < 0.5
+        codes, y = load_batch(data, rows, mirror, device)
+        noise = [x[mine] for x in flow.noise(B, side, side, seeded(device, args["seed"], step))]
+
+        stats = torch.zeros(5, device=device)              # loss, ce, z-loss, accuracy, wish to stop
+        for i in range(0, len(rows), b):
+            last = i + b == len(rows)
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync(), autocast():
+                loss, parts = ddp(codes[i:i + b], y[i:i + b], noise=[x[i:i + b] for x in noise])
+                (loss * b / len(rows)).backward()
+            stats[:4] += torch.stack([loss.detach(), *parts.values()]).float() * b / len(rows)
+        stats[4] = float(bool(stop))
+        if world > 1:
+            dist.all_reduce(stats)
+            stats /= world
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args["grad_clip"])
+        *means, stopping = stats.tolist()
+        if not math.isfinite(means[0]) or not math.isfinite(grad_norm):
+            raise InputError(f"step {step + 1}: the loss is {means[0]} and the gradient norm {grad_norm:.3g}; training stopped, the "
+                             f"last good checkpoint stays in {run}; resume with a smaller --lr")
+        lr = args["lr"] * min(1, (step + 1) / max(1, args["warmup"]))
+        for group in opt.param_groups:
+            group["lr"] = lr
+        opt.step()
+        opt.zero_grad()
+        ramp = (1 + step) / (10 + step) if args["ema_ramp"] else 1.0
+        update_ema(ema, flow.model, min(args["ema_decay"], ramp))
+
+        done, seen = step + 1, seen + B
+        bar.update()
+        final = done == args["steps"] or stopping > 0
+        if rank == 0 and (done % args["log_every"] == 0 or final or done == 1):
+            speed = seen / (time.perf_counter() - clock)
+            log.write(step=done, **dict(zip(("loss", "ce", "z_loss", "accuracy"), means)), grad_norm=grad_norm.item(), lr=lr,
+                      images_per_second=round(speed, 2), peak_memory_gib=round(peak_memory(device), 3))
+            bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{speed:.0f}/s", refresh=False)
+            clock, seen = time.perf_counter(), 0
+        if rank == 0 and (done % args["ckpt_every"] == 0 or final):
+            save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
+        if rank == 0 and args["keep_every"] and done % args["keep_every"] == 0:
+            save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
+        if rank == 0 and (done % args["sample_every"] == 0 or final):
+            with autocast():
+                paint(painter, vq, args, run / "samples" / f"{done:07d}.png", device)
+            clock, seen = time.perf_counter(), 0
+        if stopping > 0:
+            break
+    bar.close()
+    if rank == 0:
+        print(f"{run}/ckpt.pt: {done} of {args['steps']} steps; " + (
+            f"stopped by a signal, go on with --name {run.name} --resume" if done < args["steps"] else "next: python sample.py"))
+
+
+def paint(flow, vq, args, path, device):
+    """Save a picture of EMA samples, one row for each of five draws of one fixed noise, up to ten classes across."""
+    columns = min(10, flow.model.num_classes)
+    y = torch.arange(columns, device=device).repeat(5)
+    noise = flow.noise(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))[1]
+    with torch.inference_mode():
+        codes = flow.sample(y, steps=50, tau=0.9, cfg=args["sample_cfg"], noise=noise)
+        save_image(path, sheet(to_pixels(vq.decode(codes)).cpu(), columns))
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def parse(argv=None):
+    """Read the flags. Defaults: the paper's, then recipe.json, then, resuming, the checkpoint's; the command line wins."""
+    parser = argparse.ArgumentParser(description="Train Purrception.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data", default=str(HERE / "demo"), help="data directory: what vq.py wrote")
+    add("--name", help="the run's folder is runs/NAME; default: the next free number")
+    add("--resume", action="store_true", help="go on with --name, or with the newest run")
+    add("--model", default="DiT-XL/2", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
+    add("--steps", type=int, default=3_500_000, help="training steps")
+    add("--global-batch-size", type=int, default=256, help="images a step, all processes together")
+    add("--accumulate", type=int, default=1, help="micro-batches a process splits its share into")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
+    add("--warmup", type=int, default=0, help="steps over which the learning rate rises")
+    add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
+    add("--ema-ramp", action=argparse.BooleanOptionalAction, default=False, help="average over a tenth of the steps at first")
+    add("--z-loss", type=float, default=1e-5, help="weight of the z-loss")
+    add("--label-dropout", type=float, default=0.1, help="share of labels dropped, which guidance needs")
+    add("--seed", type=int, default=0, help="seed of weights, data order and noise")
+    add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="bf16 autocast where the hardware has it")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the transformer")
+    add("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
+    add("--ckpt-every", type=int, default=5000, help="steps between checkpoints")
+    add("--keep-every", type=int, default=0, help="steps between numbered checkpoints that stay; 0: none")
+    add("--sample-every", type=int, default=5000, help="steps between pictures of samples")
+    add("--sample-cfg", type=float, default=1.3, help="guidance of those pictures")
+
+    first, _ = parser.parse_known_args(argv)
+    run, ckpt = None, None
+    if first.resume:
+        run = Path("runs") / first.name if first.name else newest_run()
+        ckpt = read_checkpoint(run / "ckpt.pt")
+        parser.set_defaults(**ckpt["args"])
+    else:
+        recipe = Path(first.data) / "recipe.json"
+        settings = json.loads(recipe.read_text()) if recipe.exists() else {}
+        unknown = sorted(set(settings) - set(vars(first)))
+        if unknown:
+            raise InputError(f"{recipe}: {', '.join(unknown)} is no flag of train.py; correct or remove it")
+        parser.set_defaults(**settings)
+    args = parser.parse_args(argv)
+    for name in ("steps", "global_batch_size", "accumulate", "lr", "grad_clip", "log_every", "ckpt_every", "sample_every"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    for name in ("ema_decay", "label_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from 0 to below 1")
+    if args.model not in SIZES:
+        parser.error(f"--model {args.model}: choose from {', '.join(SIZES)}")
+    return args, run, ckpt
+
+
+def main(argv=None):
+    args, run, ckpt = parse(argv)
+    rank, world, device = join_processes()
+    if args.global_batch_size % (world * args.accumulate):
+        raise InputError(f"--global-batch-size {args.global_batch_size}: not a multiple of {world} processes times --accumulate "
+                         f"{args.accumulate}; change one of them")
+    if ckpt and ckpt["step"] >= args.steps:
+        raise InputError(f"--steps {args.steps}: {run} has done {ckpt['step']} already; give a larger number")
+    settings = {k: v for k, v in vars(args).items() if k not in ("name", "resume")}
+    settings["data"] = str(Path(args.data).resolve())
+    settings.setdefault("started", time.strftime("%Y-%m-%d %H:%M:%S"))
+    train(settings, ckpt, run or new_run(args.name, rank, world), rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"train.py: {error}")

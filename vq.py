@@ -1,0 +1,578 @@
+"""Turn pixels into codes and back: the frozen VQ autoencoder Purrception works in.
+
+    encode    x -> h = encoder(x) -> c = argmin_k |h - e_k|^2           images to codes       (Eq. 9)
+    embed     c -> z = e_c                                              codes to latents
+    decode    c -> decoder(e_c)                                         codes to images
+
+One network serves three families of weights, told apart by their keys: vq-f8 of latent-diffusion, LlamaGen's
+vq_ds8_c2i.pt, and the files this project trains itself.
+
+    python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip     encode an ImageFolder tree once
+    torchrun --nproc_per_node=8 vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip
+    python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt         original | reconstruction, with PSNR
+
+References: VQGAN (Esser et al. 2021, arXiv 2012.09841); latent diffusion (Rombach et al. 2022, CompVis/latent-diffusion);
+LlamaGen (Sun et al. 2024, FoundationVision/LlamaGen).
+
+Shapes: B batch, H W pixels, h w grid of codes (H/8, W/8), K codes, D code dimension, C channels, N images.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import pickle
+import pickletools
+import re
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import nn
+
+
+class InputError(ValueError):
+    """Say in one sentence which file or flag is wrong, what was found, and what to do."""
+
+
+# ---------------------------------------------------------------------------------------------- the network
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Attend over all h*w positions with one head of width C."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        n = self.norm(x)
+        q, k, v = (f(n).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))  # [B,1,hw,C]
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))          # vq-f8 pads right and bottom only
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """Residual blocks at one resolution, attention after each where asked, then a change of resolution."""
+
+    def __init__(self, c_in, c_out, num_blocks, attention, downsample=False, upsample=False):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(c_in if i == 0 else c_out, c_out) for i in range(num_blocks))
+        self.attn = nn.ModuleList(Attention(c_out) for _ in range(num_blocks if attention else 0))
+        if downsample:
+            self.downsample = Downsample(c_out)
+        if upsample:
+            self.upsample = Upsample(c_out)
+
+    def forward(self, h):
+        for i, block in enumerate(self.block):
+            h = block(h)
+            if self.attn:
+                h = self.attn[i](h)
+        resample = getattr(self, "downsample", None) or getattr(self, "upsample", None)
+        return resample(h) if resample else h
+
+
+class Middle(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.block_1, self.attn_1, self.block_2 = ResBlock(c, c), Attention(c), ResBlock(c, c)
+
+    def forward(self, h):
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
+        super().__init__()
+        widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(widths[i - 1] if i else ch, widths[i], num_res_blocks, attention=i == last, downsample=i < last)
+            for i in range(len(widths)))
+        self.mid = Middle(widths[-1])
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
+
+    def forward(self, x):                                  # [B,3,H,W]
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))  # [B,z_channels,h,w]
+
+
+class Decoder(nn.Module):
+    def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
+        super().__init__()
+        widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
+        self.conv_in = nn.Conv2d(z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(                           # up.0 is the finest level, as in the published files
+            Level(widths[min(i + 1, last)], widths[i], num_res_blocks + 1, attention=i == last, upsample=i > 0)
+            for i in range(len(widths)))
+        self.norm_out = norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):                                  # [B,z_channels,h,w]
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))     # [B,3,H,W]
+
+
+class VQ(nn.Module):
+    """Autoencode images through a grid of discrete codes; the defaults are vq-f8's.
+
+    Key names are CompVis/latent-diffusion's. With l2_norm (LlamaGen) codes and encoder outputs are unit vectors.
+    num_groups is that of all group norms: networks narrower than the published ones want fewer than 32, for a group of
+    one channel forgets how bright its picture is.
+    """
+
+    def __init__(self, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, n_embed=16384, embed_dim=4,
+                 l2_norm=False, num_groups=32):
+        super().__init__()
+        self.factor, self.l2_norm = 2 ** (len(ch_mult) - 1), l2_norm
+        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
+        self.quantize = nn.Module()
+        self.quantize.embedding = nn.Embedding(n_embed, embed_dim)
+        self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = num_groups
+
+    @property
+    def codebook(self):
+        """Return the K code vectors e_k, float [K,D]; of length one with l2_norm."""
+        E = self.quantize.embedding.weight
+        return F.normalize(E, dim=1) if self.l2_norm else E
+
+    def encode(self, x):
+        """Map images [B,3,H,W] in [-1,1] to codes [B,h,w] int64; H and W are multiples of 8 (Eq. 9)."""
+        return self.nearest(self.quant_conv(self.encoder(x)))
+
+    def embed(self, codes):
+        """Look up codes [B,h,w] int64: latents z [B,D,h,w]."""
+        return F.embedding(codes, self.codebook).movedim(-1, 1)
+
+    def nearest(self, z):
+        """Find the nearest code of every latent vector: z [B,D,h,w] to codes [B,h,w] int64."""
+        z = z.movedim(1, -1).float()                       # [B,h,w,D]
+        if self.l2_norm:
+            z = F.normalize(z, dim=-1)
+        return nearest_code(z.flatten(0, -2), self.codebook).view(z.shape[:-1])
+
+    def decode(self, codes):
+        """Map codes [B,h,w] int64 to images [B,3,H,W], clamped to [-1,1]."""
+        return self.decode_latents(self.embed(codes)).clamp(-1, 1)
+
+    def decode_latents(self, z):
+        """Map latents [B,D,h,w] to images [B,3,H,W], not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+def nearest_code(z, E):
+    """Return argmin_k |z - e_k|^2 for every row of z [N,D] among the rows of E [K,D]: int64 [N].
+
+    |z|^2 is the same for all k, so it is enough to compare |e_k|^2 - 2 z.e_k; 2^22 numbers at a time, whatever N.
+    """
+    e2 = E.square().sum(1)
+    chunks = z.split(max(1, 2 ** 22 // len(E)))
+    return torch.cat([torch.addmm(e2, chunk, E.T, alpha=-2).argmin(1) for chunk in chunks])
+
+
+# ---------------------------------------------------------------------------------------------- weights
+
+# What a pickle of tensors names, and all that load_vq lets one name; trainers' own objects become inert stubs.
+TENSOR_GLOBALS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"} | {
+    f"torch.{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
+TRAINER_MODULES = ("pytorch_lightning", "lightning", "argparse.Namespace")
+
+
+class Stub:
+    """Stand in for a trainer's pickled object: takes anything, does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+
+def pickled_names(path):
+    """Yield the names ("module.name") the pickles of a torch file ask for, without running any of them."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+    else:                                                  # legacy files: five pickles in a row, then raw numbers
+        with open(path, "rb") as f:
+            pickles = []
+            for _ in range(5):
+                start = f.tell()
+                for _ in pickletools.genops(f):
+                    pass
+                end = f.tell()
+                f.seek(start)
+                pickles.append(f.read(end - start))
+    for data in pickles:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ("GLOBAL", "INST"):
+                yield argument.replace(" ", ".")
+            elif opcode.name == "STACK_GLOBAL":            # only protocols torch.save does not use
+                yield "a name computed on the pickle's stack"
+
+
+def read_checkpoint(path):
+    """Read a torch.save file, zip or legacy, onto the CPU; what its pickle asks to execute is never executed.
+
+    Raises InputError, naming the file, where it is missing, damaged, or asks for anything but tensors and trainer stubs.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file; give the path of a checkpoint")
+    try:
+        names = set(pickled_names(path)) - TENSOR_GLOBALS
+        stubs = [name for name in names if name.startswith(tuple(m + "." for m in TRAINER_MODULES)) or name in TRAINER_MODULES]
+        refused = sorted(names.difference(stubs))
+        if refused:
+            raise InputError(f"{path}: its pickle asks for {', '.join(refused)}, which a file of weights has no use for; "
+                             "it was not loaded; get the file from its original source")
+        with torch.serialization.safe_globals([(Stub, name) for name in stubs]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, KeyError, IndexError, OSError, TypeError,
+            AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a readable torch file ({str(error).splitlines()[0]}); download or copy it again") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a readable torch file ({error}); download or copy it again") from None
+
+
+def compvis_name(key, levels):
+    """Translate one of LlamaGen's key names to CompVis's; others pass unchanged."""
+    key = re.sub(r"\.mid\.([012])\.", lambda m: f".mid.{('block_1', 'attn_1', 'block_2')[int(m[1])]}.", key)
+    key = re.sub(r"^encoder\.conv_blocks\.(\d+)\.", r"encoder.down.\1.", key)
+    key = re.sub(r"^decoder\.conv_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", key)  # fine to coarse
+    return re.sub(r"(down|up)\.(\d+)\.res\.", r"\1.\2.block.", key)
+
+
+def shape_of_network(state, l2_norm):
+    """Read the keyword arguments of VQ off its tensors."""
+    widths = []
+    while (key := f"encoder.down.{len(widths)}.block.0.conv1.weight") in state:
+        widths.append(state[key].shape[0])
+    ch = state["encoder.conv_in.weight"].shape[0]
+    blocks = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) is not None for key in state)
+    n_embed, embed_dim = state["quantize.embedding.weight"].shape
+    return dict(ch=ch, ch_mult=tuple(w // ch for w in widths), num_res_blocks=blocks,
+                z_channels=state["encoder.conv_out.weight"].shape[0], n_embed=n_embed, embed_dim=embed_dim, l2_norm=l2_norm)
+
+
+def load_vq(path):
+    """Load a tokenizer: a frozen VQ in eval mode, in float32 on the CPU.
+
+    path: vq-f8's model.ckpt (CompVis/latent-diffusion), LlamaGen's vq_ds8_c2i.pt, or a file of this project,
+    {"config": keyword arguments of VQ, "state_dict": tensors}. The kind is told by the keys. Raises InputError, naming
+    the file and the key, where the file is unsafe, damaged, or its tensors are not exactly the network's.
+    """
+    file = read_checkpoint(path)
+    keys = set(file) if isinstance(file, dict) else set()
+    if {"config", "state_dict"} <= keys:
+        state, config = dict(file["state_dict"]), file["config"]
+    elif "state_dict" in keys:                             # CompVis: the discriminator and its losses are not needed
+        state, config = {k: v for k, v in file["state_dict"].items() if not k.startswith("loss.")}, None
+    elif "model" in keys:                                  # LlamaGen
+        levels = len({m[1] for k in file["model"] if (m := re.match(r"encoder\.conv_blocks\.(\d+)\.", k))})
+        state = {compvis_name(k, levels): v for k, v in file["model"].items() if k != "quantize.codebook_used"}
+        config = None
+    else:
+        raise InputError(f"{path}: neither vq-f8 (\"state_dict\"), nor LlamaGen (\"model\"), nor this project's (\"config\"); "
+                         "give a tokenizer's file")
+    for key in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"):
+        if key not in state:
+            raise InputError(f"{path}: tensor {key} is missing; give the file of a VQ tokenizer, whole")
+    with torch.device("meta"):
+        vq = VQ(**(config or shape_of_network(state, l2_norm="model" in keys)))
+    want, have = ({k: tuple(v.shape) for k, v in s.items()} for s in (vq.state_dict(), state))
+    for key in sorted(want.keys() | have.keys()):
+        if want.get(key) != have.get(key):
+            raise InputError(f"{path}: tensor {key} is {have.get(key, 'missing')} in the file and "
+                             f"{want.get(key, 'unknown')} in the network; give a whole file of a supported tokenizer")
+    vq.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
+    return vq.eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+def from_pixels(pixels):
+    """Map uint8 [B,H,W,3] (tensor or array) to images float32 [B,3,H,W] in [-1,1]."""
+    return torch.as_tensor(pixels).movedim(-1, 1).contiguous().float() / 127.5 - 1
+
+
+def to_pixels(x):
+    """Map images [B,3,H,W] in [-1,1] to uint8 [B,H,W,3], by rounding (the authors' release truncates)."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
+
+
+def open_image(path, size):
+    """Read a picture as uint8 [size,size,3]: upright by its EXIF tag, RGB, ADM's centre crop.
+
+    ADM (openai/guided-diffusion, image_datasets.py) halves with a box filter while twice too large, then resizes bicubically.
+    """
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return np.asarray(image)[top:top + size, left:left + size]
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Give a temporary path to write to, which takes path's place when all went well: no half-written files."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    yield partial
+    os.replace(partial, path)
+
+
+def save_image(path, pixels):
+    """Write uint8 [H,W,3], tensor or array, as a picture."""
+    with replacing(path) as partial:
+        Image.fromarray(np.asarray(pixels)).save(partial, "PNG")
+
+
+def sheet(pixels, columns):
+    """Lay out uint8 [B,H,W,3] row by row on one white picture, uint8 [H',W',3], two pixels apart."""
+    pixels = np.asarray(pixels)
+    B, H, W, _ = pixels.shape
+    rows = -(-B // columns)
+    page = np.full((rows, H + 2, columns, W + 2, 3), 255, np.uint8)
+    for i in range(B):
+        page[i // columns, 1:-1, i % columns, 1:-1] = pixels[i]
+    return page.reshape(rows * (H + 2), columns * (W + 2), 3)
+
+
+# ---------------------------------------------------------------------------------------------- command line
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+def join_processes():
+    """Join the processes torchrun started, if it did: rank, number of processes, device (a GPU each, where there are any)."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    gpu = torch.cuda.is_available()
+    if gpu and local >= torch.cuda.device_count():
+        raise InputError(f"--nproc_per_node: process {local} has no GPU, there are {torch.cuda.device_count()}; start fewer")
+    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    if world > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+    return rank, world, device
+
+
+def list_images(root):
+    """List an ImageFolder tree: sorted paths, their labels, class names (sub-folders; a flat folder is one class)."""
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder; give a folder of images, one sub-folder a class")
+    pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not pictures:
+        raise InputError(f"{root}: no images in it; give a folder of png, jpg, jpeg, webp or bmp files")
+    flat = [p for p in pictures if p.parent == root]
+    if flat and len(flat) < len(pictures):
+        raise InputError(f"{flat[0]}: lies beside class folders; move it into one of them, or elsewhere")
+    classes = sorted({p.relative_to(root).parts[0] for p in pictures}) if not flat else [root.resolve().name]
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [0 if flat else number[p.relative_to(root).parts[0]] for p in pictures]
+    return pictures, np.array(labels, np.int64), classes
+
+
+class Pictures(torch.utils.data.Dataset):
+    """Decode pictures in worker processes: (row, uint8 [size,size,3], what was wrong with the file or "")."""
+
+    def __init__(self, paths, rows, size):
+        self.paths, self.rows, self.size = paths, rows, size
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = int(self.rows[i])
+        try:
+            return row, open_image(self.paths[row], self.size), ""
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
+            return row, np.zeros((self.size, self.size, 3), np.uint8), str(error) or type(error).__name__
+
+
+def encode_folder(args, vq, rank, world, device):
+    """Encode args.images into args.out, rows split over processes; an interrupted run goes on where it stopped."""
+    from tqdm import tqdm
+    paths, labels, classes = list_images(args.images)
+    out, side = args.out, args.size // vq.factor
+    names = "\n".join(str(p.relative_to(args.images)) for p in paths)
+    task = dict(tokenizer=str(args.vq.resolve()), image_size=args.size, flip=args.flip, images=len(paths),
+                tokenizer_bytes=args.vq.stat().st_size, files=hashlib.sha256(names.encode()).hexdigest())
+    kinds = ["codes", "codes_flip"][:1 + args.flip]
+    note, done_file, parts = out / "partial.json", out / "done.partial.npy", {k: out / f"{k}.partial.npy" for k in kinds}
+    if (out / "meta.json").exists():
+        raise InputError(f"--out {out}: already holds a finished data set; give another folder")
+    if rank == 0 and not note.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        for path in parts.values():
+            np.lib.format.open_memmap(path, "w+", np.uint16, (len(paths), side, side))
+        np.lib.format.open_memmap(done_file, "w+", np.uint8, (len(paths),))
+        with replacing(note) as partial:
+            partial.write_text(json.dumps(task, indent=1))
+    if world > 1:
+        torch.distributed.barrier()
+    if json.loads(note.read_text()) != task:
+        raise InputError(f"--out {out}: holds a part of another encoding ({note.name} differs in images, tokenizer or flags); "
+                         "repeat that command, or give another folder")
+
+    maps, done = {k: np.load(path, mmap_mode="r+") for k, path in parts.items()}, np.load(done_file, mmap_mode="r+")
+    rows = np.flatnonzero(done == 0)
+    if world > 1:
+        torch.distributed.barrier()                        # every process must have read `done` before one writes it
+    loader = torch.utils.data.DataLoader(Pictures(paths, rows[rank::world], args.size), args.batch_size,
+                                         num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    with tqdm(total=len(rows), unit=" images", desc="encode", disable=rank > 0, smoothing=0.05) as bar, torch.inference_mode():
+        for rows, pixels, errors in loader:
+            rows, good = rows.numpy(), np.array([not e for e in errors])
+            for row, error in zip(rows, errors):
+                if error and not args.skip_bad:
+                    raise InputError(f"{paths[row]}: cannot be read ({error}); remove it, or leave it out with --skip-bad")
+            x = from_pixels(pixels.to(device, non_blocking=True))
+            for kind, images in zip(kinds, (x, x.flip(3))):
+                maps[kind][rows[good]] = vq.encode(images).cpu().numpy()[good]
+            done[rows] = np.where(good, 1, 2)              # after the codes: a row that counts as done is done
+            bar.update(min(len(rows) * world, bar.total - bar.n))
+    if world > 1:
+        torch.distributed.barrier()
+    if rank == 0:
+        finish_folder(args, task, classes, labels, paths, maps, done, parts)
+
+
+def finish_folder(args, task, classes, labels, paths, maps, done, parts):
+    """Give the encoded rows their final names, without the skipped ones, meta.json last: it makes the folder a data set."""
+    out, good = args.out, np.flatnonzero(done == 1)
+    skipped = [str(paths[i]) for i in np.flatnonzero(done == 2)]
+    for kind, path in parts.items():
+        maps[kind].flush()
+        if skipped:                                        # close the gaps
+            with replacing(path) as partial:
+                whole = np.lib.format.open_memmap(partial, "w+", np.uint16, (len(good), *maps[kind].shape[1:]))
+                for i in range(0, len(good), 10000):
+                    whole[i:i + 10000] = maps[kind][good[i:i + 10000]]
+                whole.flush()
+        os.replace(path, out / f"{kind}.npy")
+    with replacing(out / "labels.npy") as partial, open(partial, "wb") as f:
+        np.save(f, labels[good])
+    meta = dict(tokenizer=task["tokenizer"], image_size=args.size, classes=classes, skipped=skipped, reference=None,
+                features="inception")
+    if args.reference:
+        meta["reference"] = str(args.reference.resolve())
+    with replacing(out / "meta.json") as partial:
+        partial.write_text(json.dumps(meta, indent=1))
+    for path in (out / "done.partial.npy", out / "partial.json"):
+        path.unlink()
+    for path in skipped:
+        print(f"skipped {path}: cannot be read")
+    print(f"{len(good)} images of {len(classes)} classes in {out}; next: python train.py --data {out}")
+
+
+def reconstruct(args, vq, device):
+    """Write original | reconstruction for each picture and print its PSNR in dB."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in args.reconstruct:
+        row, pixels, error = Pictures([path], [0], args.size)[0]
+        if error:
+            raise InputError(f"{path}: cannot be read ({error}); give a picture")
+        with torch.inference_mode():
+            again = to_pixels(vq.decode(vq.encode(from_pixels(pixels[None]).to(device)))).cpu().numpy()[0]
+        mse = np.square(pixels.astype(np.float64) - again).mean()
+        target = args.out / f"{Path(path).stem}.reconstruction.png"
+        save_image(target, sheet([pixels, again], columns=2))
+        print(f"{target}: PSNR {10 * math.log10(255 ** 2 / mse) if mse else math.inf:.2f} dB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Encode a folder of images into codes, or look at reconstructions.")
+    parser.add_argument("images", nargs="?", type=Path, help="ImageFolder tree to encode: a sub-folder a class")
+    parser.add_argument("--vq", type=Path, required=True, help="tokenizer: vq-f8, LlamaGen's vq_ds8_c2i, or this project's")
+    parser.add_argument("--out", type=Path, help="folder to write (default for --reconstruct: reconstructions)")
+    parser.add_argument("--size", type=int, default=256, help="side of the centre crop in pixels")
+    parser.add_argument("--flip", action="store_true", help="also store the codes of the mirrored images")
+    parser.add_argument("--reference", type=Path, help="images or statistics fid.py is to compare with, recorded in meta.json")
+    parser.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="write original | reconstruction of these instead")
+    parser.add_argument("--batch-size", type=int, default=32, help="images a process encodes at once")
+    parser.add_argument("--num-workers", type=int, default=min(8, os.cpu_count()), help="decoding processes for each GPU")
+    parser.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read, and list them")
+    args = parser.parse_args()
+    if (args.images is None) == (args.reconstruct is None):
+        parser.error("give either IMAGES to encode, or --reconstruct IMAGE...")
+    if args.images and not args.out:
+        parser.error("--out is missing: name the data directory to write")
+    rank, world, device = join_processes()
+    vq = load_vq(args.vq).to(device)
+    if args.size % vq.factor or args.size <= 0:
+        raise InputError(f"--size {args.size}: give a multiple of {vq.factor}, the pixels a code stands for")
+    if args.reconstruct:
+        args.out = args.out or Path("reconstructions")
+        reconstruct(args, vq, device)
+    else:
+        encode_folder(args, vq, rank, world, device)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"vq.py: {error}")
