@@ -72,14 +72,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                 for i in range(0, len(rows), step):
                     x, c = rows[i:i + step], target[i:i + step, g, None]
                     logits = torch.addmm(b[g], x, W[g].T).to(exact)      # [step,K]
-                    top = logits.amax(1, keepdim=True)
+                    top, best = logits.max(1, keepdim=True)
                     of_target = logits.gather(1, c)
                     logits.sub_(top).exp_()
                     total = logits.sum(1, keepdim=True)
                     lse = top + total.log()
                     ce += (lse - of_target).sum()
                     z += lse.square().sum()
-                    hits += (of_target == top).sum()
+                    hits += (best == c).sum()
                     if want_gradients:                                   # in place: exp(logit - top) becomes dlogit
                         logits.mul_((1 + 2 * z_weight * lse) / total)
                         logits.scatter_add_(1, c, torch.full_like(of_target, -1))

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from flow import Purrception, seeded
 from model import SIZES, DiT
-from vq import SUFFIXES, VQ, InputError, join_processes, load_vq, read_checkpoint, replacing, save_image, sheet, to_pixels
+from vq import SUFFIXES, InputError, join_processes, load_vq, read_checkpoint, replacing, save_image, sheet, to_pixels
 
 HERE = Path(__file__).resolve().parent
 
@@ -200,14 +200,13 @@ def train(args, ckpt, run, rank, world, device):
     B, b = args["global_batch_size"], args["global_batch_size"] // (world * args["accumulate"])
     torch.manual_seed(args["seed"])
     flow = build(args, data.meta, vq.codebook, side).to(device)
-    ema = copy.deepcopy(flow.model).requires_grad_(False)
+    average = copy.deepcopy(flow).requires_grad_(False)    # the same method on the averaged weights
+    ema = average.model
     params = [p for p in flow.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(params, lr=args["lr"], betas=(0.9, 0.999), eps=1e-6, weight_decay=args["weight_decay"], fused=True)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         restore(ckpt, run / "ckpt.pt", flow, ema, opt)
-    painter = copy.copy(flow)                              # the same method on the averaged weights
-    painter._modules = dict(flow._modules, model=ema)
     autocast = half_precision(device, args["precision"])
     if args["compile"]:
         flow.model.hidden = torch.compile(flow.model.hidden)
@@ -266,7 +265,7 @@ def train(args, ckpt, run, rank, world, device):
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
         if rank == 0 and (done % args["sample_every"] == 0 or final):
             with autocast():
-                paint(painter, vq, args, run / "samples" / f"{done:07d}.png", device)
+                paint(average, vq, args, run / "samples" / f"{done:07d}.png", device)
             clock, seen = time.perf_counter(), 0
         if stopping > 0:
             break

@@ -19,10 +19,10 @@ Shapes: B batch, H W pixels, h w grid of codes (H/8, W/8), K codes, D code dimen
 import argparse
 import contextlib
 import hashlib
+import io
 import json
 import math
 import os
-import pickle
 import pickletools
 import re
 import sys
@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from tqdm import tqdm
 
 
 class InputError(ValueError):
@@ -43,7 +44,7 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------- the network
 
 def norm(channels):
-    return nn.GroupNorm(32, channels, eps=1e-6)
+    return nn.GroupNorm(1, channels, eps=1e-6)            # VQ sets the number of groups
 
 
 class ResBlock(nn.Module):
@@ -247,22 +248,14 @@ def pickled_names(path):
     """Yield the names ("module.name") the pickles of a torch file ask for, without running any of them."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            pickles = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
+            streams = [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith("data.pkl")]
     else:                                                  # legacy files: five pickles in a row, then raw numbers
-        with open(path, "rb") as f:
-            pickles = []
-            for _ in range(5):
-                start = f.tell()
-                for _ in pickletools.genops(f):
-                    pass
-                end = f.tell()
-                f.seek(start)
-                pickles.append(f.read(end - start))
-    for data in pickles:
-        for opcode, argument, _ in pickletools.genops(data):
+        streams = [io.BytesIO(Path(path).read_bytes())] * 5
+    for stream in streams:
+        for opcode, argument, _ in pickletools.genops(stream):
             if opcode.name in ("GLOBAL", "INST"):
                 yield argument.replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL":            # only protocols torch.save does not use
+            elif opcode.name == "STACK_GLOBAL":            # of a protocol torch.save does not use
                 yield "a name computed on the pickle's stack"
 
 
@@ -282,13 +275,11 @@ def read_checkpoint(path):
                              "it was not loaded; get the file from its original source")
         with torch.serialization.safe_globals([(Stub, name) for name in stubs]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, zipfile.BadZipFile, KeyError, IndexError, OSError, TypeError,
-            AttributeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable torch file ({str(error).splitlines()[0]}); download or copy it again") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a readable torch file ({error}); download or copy it again") from None
+    except InputError:
+        raise
+    except Exception as error:                             # a damaged file fails in a dozen ways
+        raise InputError(f"{path}: not a readable torch file ({type(error).__name__}: {str(error).splitlines()[0]}); "
+                         "download or copy it again") from None
 
 
 def compvis_name(key, levels):
@@ -454,7 +445,6 @@ class Pictures(torch.utils.data.Dataset):
 
 def encode_folder(args, vq, rank, world, device):
     """Encode args.images into args.out, rows split over processes; an interrupted run goes on where it stopped."""
-    from tqdm import tqdm
     paths, labels, classes = list_images(args.images)
     out, side = args.out, args.size // vq.factor
     names = "\n".join(str(p.relative_to(args.images)) for p in paths)
@@ -515,10 +505,8 @@ def finish_folder(args, task, classes, labels, paths, maps, done, parts):
         os.replace(path, out / f"{kind}.npy")
     with replacing(out / "labels.npy") as partial, open(partial, "wb") as f:
         np.save(f, labels[good])
-    meta = dict(tokenizer=task["tokenizer"], image_size=args.size, classes=classes, skipped=skipped, reference=None,
-                features="inception")
-    if args.reference:
-        meta["reference"] = str(args.reference.resolve())
+    meta = dict(tokenizer=task["tokenizer"], image_size=args.size, classes=classes, skipped=skipped,
+                reference=crop_reference(args) if args.reference else None, features="inception")
     with replacing(out / "meta.json") as partial:
         partial.write_text(json.dumps(meta, indent=1))
     for path in (out / "done.partial.npy", out / "partial.json"):
@@ -526,6 +514,22 @@ def finish_folder(args, task, classes, labels, paths, maps, done, parts):
     for path in skipped:
         print(f"skipped {path}: cannot be read")
     print(f"{len(good)} images of {len(classes)} classes in {out}; next: python train.py --data {out}")
+
+
+def crop_reference(args):
+    """Prepare what fid.py is to compare with: the images of a folder cropped as the training images are, or an .npz as it is."""
+    if args.reference.suffix == ".npz":
+        return str(args.reference.resolve())
+    paths, _, _ = list_images(args.reference)
+    (args.out / "reference").mkdir(exist_ok=True)
+    loader = torch.utils.data.DataLoader(Pictures(paths, range(len(paths)), args.size), args.batch_size,
+                                         num_workers=args.num_workers)
+    for rows, pixels, errors in tqdm(loader, desc="crop the reference", unit=" batches"):
+        for row, picture, error in zip(rows.tolist(), pixels, errors):
+            if error:
+                raise InputError(f"{paths[row]}: cannot be read ({error}); remove it")
+            save_image(args.out / "reference" / f"{row:06d}.png", picture)
+    return "reference"
 
 
 def reconstruct(args, vq, device):
@@ -550,7 +554,7 @@ def main():
     parser.add_argument("--out", type=Path, help="folder to write (default for --reconstruct: reconstructions)")
     parser.add_argument("--size", type=int, default=256, help="side of the centre crop in pixels")
     parser.add_argument("--flip", action="store_true", help="also store the codes of the mirrored images")
-    parser.add_argument("--reference", type=Path, help="images or statistics fid.py is to compare with, recorded in meta.json")
+    parser.add_argument("--reference", type=Path, help="images (or ADM's .npz) for fid.py to compare with")
     parser.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="write original | reconstruction of these instead")
     parser.add_argument("--batch-size", type=int, default=32, help="images a process encodes at once")
     parser.add_argument("--num-workers", type=int, default=min(8, os.cpu_count()), help="decoding processes for each GPU")

@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from vq import VQ, from_pixels, nearest_code  # noqa: E402
 
-CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_embed=1024, embed_dim=4, num_groups=8)
+CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 3), num_res_blocks=1, z_channels=64, n_embed=1024, embed_dim=4, num_groups=8)
 TRAIN_SEED, HELD_OUT_SEED = 0, 1
 
 
@@ -40,7 +40,8 @@ def edges(x):
 
 def reconstruction_loss(y, x):
     """Compare pictures y with x, both [B,3,H,W]: squares for the areas, absolute values of pixels and edges for detail."""
-    return 5 * F.mse_loss(y, x) + F.l1_loss(y, x) + sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x)))
+    edge = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x)))
+    return 10 * F.mse_loss(y, x) + F.l1_loss(y, x) + 0.3 * edge
 
 
 class MovingCodebook:
@@ -132,10 +133,10 @@ def encode(vq, images, device):
 def main():
     parser = argparse.ArgumentParser(description="Draw the demo's cats, train their tokenizer, encode them.")
     parser.add_argument("--out", type=Path, default=HERE, help="data directory to write")
-    parser.add_argument("--num-images", type=int, default=12000, help="training cats")
+    parser.add_argument("--num-images", type=int, default=10000, help="training cats")
     parser.add_argument("--num-reference", type=int, default=2000, help="held-out cats")
-    parser.add_argument("--steps", type=int, default=4500, help="training steps of the tokenizer")
-    parser.add_argument("--batch-size", type=int, default=32, help="images a step")
+    parser.add_argument("--steps", type=int, default=8500, help="training steps of the tokenizer")
+    parser.add_argument("--batch-size", type=int, default=16, help="images a step")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tokenizer's training")
     args = parser.parse_args()
