@@ -21,7 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flow import seeded
-from train import build, half_precision, newest_run, open_data, open_tokenizer
+from train import build, half_precision, newest_run, open_data, open_tokenizer, read_json
 from vq import InputError, join_processes, read_checkpoint, replacing, save_image, sheet, to_pixels
 
 SHOWN = 100    # images on the contact sheet
@@ -63,12 +63,12 @@ def claim_folder(out, record):
     """Start the folder's sidecar, or find that it tells of these very images, which then goes on."""
     sidecar = out.with_name(out.name + ".json")
     if sidecar.exists() and out.exists():
-        before = json.loads(sidecar.read_text())
+        before = read_json(sidecar)
         other = [k for k in record if k != "num_samples" and before.get(k) != record[k]]
         if other:
             raise InputError(f"--out {out}: holds images of another {', '.join(other)} (see {sidecar}); remove both, or give "
                              "another --out")
-        record = dict(record, num_samples=max(record["num_samples"], before["num_samples"]))
+        record = dict(record, num_samples=max(record["num_samples"], before.get("num_samples", 0)))
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty and has no {sidecar.name} beside it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -101,12 +101,15 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
     parser.add_argument("--per-proc-batch-size", type=int, default=64, help="images a process makes at once")
     parser.add_argument("--npz", action="store_true", help="also pack them into OUT.npz, for ADM's evaluator")
-    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto", help="as in train.py")
+    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
+                        help="auto: bf16 on a GPU, float32 on a CPU, where images then repeat exactly whatever the batch")
     args = parser.parse_args(argv)
     for name in ("tau", "steps", "num_samples", "per_proc_batch_size"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
     rank, world, device = join_processes()
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" else "float32"
     ckpt = args.ckpt or newest_run() / "ckpt.pt"
     flow, vq, data, settings, step = load_run(ckpt, device, args.data)
     if args.cfg_scale != 1 and settings["label_dropout"] == 0:

@@ -50,6 +50,22 @@ class Data(NamedTuple):
     meta: dict
 
 
+def read_json(path):
+    """Read a dictionary from a JSON file. Raises InputError, naming the file, where it holds something else."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: is no JSON dictionary ({error}); write it again") from None
+
+
+def read_npy(path, mmap_mode=None):
+    """Open an .npy array. Raises InputError, naming the file, where it is damaged."""
+    try:
+        return np.load(path, mmap_mode)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: is no whole .npy array ({error}); encode the images again") from None
+
+
 def open_data(path):
     """Open a data directory (what vq.py writes; demo/ is one). Raises InputError naming the file that is wrong."""
     path = Path(path).resolve()
@@ -61,9 +77,11 @@ def open_data(path):
                 raise InputError(f"--data {path}: a folder of images, not of codes; prepare it with: "
                                  f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
             raise InputError(f"--data {path}: {name} is missing; give a folder that vq.py wrote")
-    meta = json.loads((path / "meta.json").read_text())
-    codes, labels = np.load(path / "codes.npy", mmap_mode="r"), np.load(path / "labels.npy")
-    twins = np.load(path / "codes_flip.npy", mmap_mode="r") if (path / "codes_flip.npy").exists() else None
+    meta = read_json(path / "meta.json")
+    if not isinstance(meta.get("classes"), list) or not isinstance(meta.get("tokenizer"), str):
+        raise InputError(f"{path}/meta.json: has no list of \"classes\" or no \"tokenizer\" file; encode the images again")
+    codes, labels = read_npy(path / "codes.npy", mmap_mode="r"), read_npy(path / "labels.npy")
+    twins = read_npy(path / "codes_flip.npy", mmap_mode="r") if (path / "codes_flip.npy").exists() else None
     if codes.ndim != 3 or len(codes) != len(labels) or len(codes) == 0 or codes.shape[1] != codes.shape[2]:
         raise InputError(f"--data {path}: codes.npy is {codes.shape} and labels.npy {labels.shape}, not [N,h,h] and [N]; "
                          "encode the images again")
@@ -143,7 +161,7 @@ def new_run(name, rank, world):
         if folder.exists() and any(folder.iterdir()):
             choice = [None, f"--name {name}: {folder} already holds a run; add --resume to go on with it, or choose another name"]
         else:
-            (folder / "samples").mkdir(parents=True)
+            (folder / "samples").mkdir(parents=True, exist_ok=True)
     if world > 1:
         dist.broadcast_object_list(choice := (choice + [None])[:2])
     if choice[0] is None:
@@ -192,10 +210,8 @@ def peak_memory(device):
 
 # ------------------------------------------------------------------------------------------------ the loop
 
-def train(args, ckpt, run, rank, world, device):
+def train(args, data, vq, ckpt, run, rank, world, device):
     """Train as args (a plain dict) say, from ckpt where one is given, until args["steps"] steps are done."""
-    data = open_data(args["data"])
-    vq = open_tokenizer(data, device)
     N, side = data.codes.shape[:2]
     B, b = args["global_batch_size"], args["global_batch_size"] // (world * args["accumulate"])
     torch.manual_seed(args["seed"])
@@ -323,7 +339,7 @@ def parse(argv=None):
         parser.set_defaults(**ckpt["args"])
     else:
         recipe = Path(first.data) / "recipe.json"
-        settings = json.loads(recipe.read_text()) if recipe.exists() else {}
+        settings = read_json(recipe) if recipe.exists() else {}
         unknown = sorted(set(settings) - set(vars(first)))
         if unknown:
             raise InputError(f"{recipe}: {', '.join(unknown)} is no flag of train.py; correct or remove it")
@@ -351,7 +367,12 @@ def main(argv=None):
     settings = {k: v for k, v in vars(args).items() if k not in ("name", "resume")}
     settings["data"] = str(Path(args.data).resolve())
     settings.setdefault("started", time.strftime("%Y-%m-%d %H:%M:%S"))
-    train(settings, ckpt, run or new_run(args.name, rank, world), rank, world, device)
+    data = open_data(args.data)
+    vq = open_tokenizer(data, device)
+    if rank == 0 and data.codes.max() >= len(vq.codebook):
+        raise InputError(f"{data.path}/codes.npy: holds code {data.codes.max()}, and {data.meta['tokenizer']} has only "
+                         f"{len(vq.codebook)}; encode the images again")
+    train(settings, data, vq, ckpt, run or new_run(args.name, rank, world), rank, world, device)
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,42 @@
+"""Small things to train on: a tokenizer of a few thousand weights and a data directory of forty code grids."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from vq import VQ
+
+TINY_VQ = dict(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4, n_embed=32, embed_dim=4, num_groups=4)
+
+
+@pytest.fixture
+def tiny_vq(tmp_path):
+    """The path of a random tokenizer, 32 codes of 4 numbers, 8x8 pixels each."""
+    torch.manual_seed(0)
+    path = tmp_path / "tiny_vq.pt"
+    torch.save({"config": TINY_VQ, "state_dict": VQ(**TINY_VQ).state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def tiny_data(tmp_path, tiny_vq):
+    """A data directory: forty 4x4 grids of three classes that differ in their codes, and a reference of eight images."""
+    path, rng = tmp_path / "tiny", np.random.default_rng(0)
+    path.mkdir()
+    labels = rng.integers(0, 3, 40)
+    np.save(path / "labels.npy", labels)
+    np.save(path / "codes.npy", (7 * labels[:, None, None] + rng.integers(0, 3, (40, 4, 4))).astype(np.uint16))
+    np.savez(path / "reference.npz", arr_0=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
+    meta = dict(tokenizer=str(tiny_vq), image_size=32, classes=["black", "white", "ginger tabby"],
+                reference="reference.npz", features="untrained")
+    (path / "meta.json").write_text(json.dumps(meta))
+    return path
+
+
+@pytest.fixture
+def tiny_size(monkeypatch):
+    """The name of a network small enough for a test: patches of two, width 32, two blocks."""
+    monkeypatch.setitem(model.SIZES, "tiny", dict(depth=2, hidden_size=32, num_heads=2, patch_size=2))
+    return "tiny"

@@ -1,0 +1,142 @@
+"""sample.py, and the three documented commands one after the other."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from test_train import ROOT, torchrun
+from vq import InputError
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_data, tiny_size, monkeypatch):
+    """A folder with a run of a few steps in it, which the test works in."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--data", str(tiny_data), "--name", "a", "--model", tiny_size, "--global-batch-size", "8", "--steps", "6",
+                "--lr", "1e-2", "--ema-decay", "0.5", "--precision", "float32"])
+    return tmp_path
+
+
+def make(out, *flags, n=6):
+    sample.main(["--out", out, "--steps", "3", "--num-samples", str(n), "--precision", "float32", *map(str, flags)])
+    return np.stack([np.asarray(Image.open(f"{out}/{i:06d}.png")) for i in range(n)])
+
+
+def test_an_image_depends_on_seed_and_index_alone(trained):
+    a = make("a", "--per-proc-batch-size", 6)
+    assert (a == make("b", "--per-proc-batch-size", 1)).all()
+    assert (a == make("c", "--per-proc-batch-size", 4, n=9)[:6]).all()
+    assert (a != make("d", "--seed", 1)).any()
+
+
+def test_what_is_there_is_kept_and_what_is_missing_is_made_again(trained):
+    a = make("a")
+    Path("a/000002.png").unlink()
+    kept = os.stat("a/000001.png").st_mtime_ns
+    assert (make("a") == a).all()
+    assert os.stat("a/000001.png").st_mtime_ns == kept
+    assert len(make("a", n=8)) == 8 and json.loads(Path("a.json").read_text())["num_samples"] == 8
+
+
+def test_images_of_other_settings_are_not_mixed(trained):
+    make("a", "--tau", 0.9)
+    with pytest.raises(InputError, match="--out a: holds images of another tau"):
+        make("a", "--tau", 0.5)
+    Path("b").mkdir()
+    Path("b/notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="--out b: is not empty"):
+        make("b")
+
+
+def test_temperature_and_guidance_change_the_images(trained):
+    a = make("a", "--tau", 1.0)
+    assert (make("b", "--tau", 0.1) != a).any() and (make("c", "--cfg-scale", 4.0, "--tau", 1.0) != a).any()
+
+
+def test_classes_are_taken_in_turn_by_name_or_number(trained):
+    assert sample.pick_classes(["ginger tabby", "0"], ["black", "white", "ginger tabby"]) == [2, 0]
+    assert sample.pick_classes(None, ["black", "white"]) == [0, 1]
+    only = make("a", "--classes", "white", n=2)
+    assert (only[1] == make("b")[1]).all()                 # image 1 is white either way
+    for wrong in ("blue", "3", "-1"):
+        with pytest.raises(InputError, match=f"--classes {wrong}: no such class"):
+            sample.pick_classes([wrong], ["black", "white", "ginger tabby"])
+
+
+def test_the_sidecar_holds_what_repeats_the_images(trained, tiny_data):
+    make("a", "--tau", 0.8, "--cfg-scale", 1.5)
+    record = json.loads(Path("a.json").read_text())
+    assert record["data"] == str(tiny_data) and record["step"] == 6 and record["num_samples"] == 6
+    assert (record["tau"], record["cfg_scale"], record["steps"], record["seed"], record["classes"]) == (0.8, 1.5, 3, 0, [0, 1, 2])
+    assert Image.open("a.png").size == (3 * 34, 2 * 34)
+
+
+def test_the_npz_holds_the_same_images(trained):
+    images = make("a", "--npz")
+    with np.load("a.npz") as file:
+        assert file["arr_0"].dtype == np.uint8 and (file["arr_0"] == images).all()
+
+
+def test_guidance_is_refused_without_a_null_class(trained, tiny_data, tiny_size):
+    train.main(["--data", str(tiny_data), "--name", "b", "--model", tiny_size, "--global-batch-size", "8", "--steps", "1",
+                "--label-dropout", "0"])
+    with pytest.raises(InputError, match="--cfg-scale 2.0: .*--label-dropout 0"):
+        make("b", "--ckpt", "runs/b/ckpt.pt", "--cfg-scale", 2.0)
+
+
+def test_a_wrong_checkpoint_is_refused_by_name(trained, tiny_vq):
+    for path, message in ((tiny_vq, "not a checkpoint of train.py"), ("nowhere.pt", "no such file")):
+        with pytest.raises(InputError, match=f"{Path(path).name}.*{message}"):
+            make("x", "--ckpt", path)
+    ckpt = Path("runs/a/ckpt.pt")
+    ckpt.write_bytes(ckpt.read_bytes()[:5000])
+    with pytest.raises(InputError, match="ckpt.pt: not a readable torch file"):
+        make("x")
+    assert not Path("x").exists()
+
+
+def test_without_a_run_the_message_says_what_to_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="run python train.py first"):
+        make("a")
+
+
+@pytest.mark.parametrize("flag", ["--tau", "--steps", "--num-samples", "--per-proc-batch-size"])
+def test_flags_out_of_range_exit_with_code_2_and_a_sentence(flag, capsys):
+    with pytest.raises(SystemExit) as error:
+        sample.main([flag, "0"])
+    assert error.value.code == 2 and f"{flag} 0" in capsys.readouterr().err
+
+
+def test_the_documented_commands_work_one_after_the_other(tmp_path, tiny_data):
+    def run(*command):
+        result = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()[-1]
+
+    (tiny_data / "recipe.json").write_text(json.dumps(dict(model="DiT-demo/2", steps=3, global_batch_size=8)))
+    assert "next: python sample.py" in run(ROOT / "train.py", "--data", tiny_data)
+    assert "next: python fid.py samples/" in run(ROOT / "sample.py", "--tau", 0.9, "--num-samples", 6, "--steps", 2)
+    last = run(ROOT / "fid.py", "samples/")
+    assert "not FID" in last and "6 images" in last and float(last.split()[-1]) > 0
+
+    result = torchrun(ROOT / "sample.py", "--tau", 0.9, "--num-samples", 6, "--steps", 2, "--out", "two", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for i in range(6):                                     # two processes make what one makes
+        assert (tmp_path / f"two/{i:06d}.png").read_bytes() == (tmp_path / f"samples/{i:06d}.png").read_bytes()
+
+
+def test_a_wrong_input_is_one_line_and_exit_code_1(tmp_path):
+    for script, flags in (("train.py", ["--data", "nowhere"]), ("sample.py", []), ("fid.py", ["nowhere"]),
+                          ("vq.py", ["nowhere", "--vq", "nowhere.pt", "--out", "o"])):
+        result = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert result.returncode == 1 and result.stderr.startswith(f"{script}: ") and result.stderr.count("\n") == 1, result.stderr

@@ -1,0 +1,241 @@
+"""train.py: no hidden state, nothing lost, nothing silent."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from vq import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMING = ("images_per_second", "peak_memory_gib")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_data, tiny_size, monkeypatch):
+    """Run train.py in an empty folder with small settings and return the checkpoint and the log of runs/NAME."""
+    monkeypatch.chdir(tmp_path)
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(name, *flags):
+        train.main(["--data", str(tiny_data), "--name", name, "--model", tiny_size, "--global-batch-size", "8", "--lr", "1e-3",
+                    "--log-every", "1", "--precision", "float32", *map(str, flags)])
+        return read(name)
+    yield run
+    for s, handler in before.items():
+        signal.signal(s, handler)
+
+
+def read(name):
+    log = [json.loads(line) for line in Path("runs", name, "log.jsonl").read_text().splitlines()]
+    for record in log:
+        for key in TIMING:
+            assert record.pop(key) > 0
+    return torch.load(Path("runs", name, "ckpt.pt"), weights_only=True), log
+
+
+def assert_same(a, b):
+    """Bit for bit, through nested dictionaries and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def torchrun(*command, processes=2, **kwargs):
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone",
+                           *map(str, command)], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, **kwargs)
+
+
+def test_the_first_loss_is_ln_K_and_then_falls(run):
+    ckpt, log = run("a", "--steps", 30)
+    assert abs(log[0]["ce"] - math.log(32)) < 1e-6
+    assert abs(log[0]["z_loss"] - 1e-5 * math.log(32) ** 2) < 1e-8
+    assert log[0]["loss"] == pytest.approx(log[0]["ce"] + log[0]["z_loss"])
+    assert np.mean([r["ce"] for r in log[-5:]]) < 0.8 * math.log(32)
+    assert [r["step"] for r in log] == list(range(1, 31)) and ckpt["step"] == 30
+    assert Path("runs/a/samples/0000030.png").exists()
+
+
+def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run):
+    run("half", "--steps", 7)
+    half = run("half", "--steps", 14, "--resume")
+    whole = run("whole", "--steps", 14)
+    for key in ("model", "ema", "opt", "step"):
+        assert_same(half[0][key], whole[0][key])
+    assert half[1] == whole[1]
+
+
+def test_resuming_drops_log_lines_past_the_checkpoint(run):
+    run("a", "--steps", 4)
+    with open("runs/a/log.jsonl", "a") as f:
+        f.write(json.dumps({"step": 5, "loss": 0.0}) + "\n")
+    _, log = run("a", "--steps", 6, "--resume")
+    assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and log[4]["loss"] > 0
+
+
+def test_resume_alone_takes_the_newest_run_and_its_settings(run):
+    run("a", "--steps", 2, "--weight-decay", 0.5)
+    train.main(["--resume", "--steps", "3"])
+    ckpt, _ = read("a")
+    assert ckpt["step"] == 3 and ckpt["args"]["weight_decay"] == 0.5
+
+
+def test_micro_batches_add_up_to_the_batch(run):
+    a, b = run("a", "--steps", 3), run("b", "--steps", 3, "--accumulate", 4)
+    for x, y in zip(a[1], b[1]):
+        for key in ("loss", "ce", "z_loss", "accuracy", "grad_norm"):
+            assert x[key] == pytest.approx(y[key], rel=1e-4)
+
+
+def test_two_processes_train_as_one(tmp_path, tiny_data):
+    flags = ["train.py", "--data", tiny_data, "--model", "DiT-demo/2", "--steps", 8, "--global-batch-size", 8, "--log-every", 1,
+             "--precision", "float32", "--name"]
+    logs = []
+    for processes in (1, 2):
+        result = torchrun(ROOT / flags[0], *flags[1:], f"p{processes}", processes=processes, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        logs.append([json.loads(line) for line in (tmp_path / f"runs/p{processes}/log.jsonl").read_text().splitlines()])
+    assert len(logs[0]) == len(logs[1]) == 8
+    for one, two in zip(*logs):
+        for key in ("loss", "ce", "z_loss", "grad_norm"):
+            assert one[key] == pytest.approx(two[key], rel=1e-4), one["step"]
+
+
+def test_a_signal_finishes_the_step_saves_and_exits(tmp_path, tiny_data):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", tiny_data, "--model", "DiT-demo/2", "--steps", "1000000",
+                                "--global-batch-size", "8", "--name", "a", "--precision", "float32"], cwd=tmp_path,
+                               stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "runs/a/log.jsonl"
+    for _ in range(300):
+        if log.exists() and log.read_text():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "--resume" in out
+    ckpt = torch.load(tmp_path / "runs/a/ckpt.pt", weights_only=True)
+    assert ckpt["step"] == json.loads(log.read_text().splitlines()[-1])["step"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(run):
+    with pytest.raises(InputError, match=r"step [0-9]+: the loss is (nan|inf)"):
+        run("a", "--steps", 50, "--lr", 1e30, "--ckpt-every", 1)
+    ckpt, log = read("a")
+    assert ckpt["step"] == log[-1]["step"] < 50
+
+
+def test_a_run_is_not_overwritten(run):
+    run("a", "--steps", 1)
+    with pytest.raises(InputError, match="runs/a already holds a run; add --resume"):
+        run("a", "--steps", 1)
+    with pytest.raises(InputError, match="--steps 1: runs/a has done 1 already"):
+        run("a", "--steps", 1, "--resume")
+
+
+def test_runs_without_a_name_are_numbered(run, tiny_data, tiny_size):
+    for _ in range(2):
+        train.main(["--data", str(tiny_data), "--model", tiny_size, "--steps", "1", "--global-batch-size", "4"])
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["001", "002"]
+
+
+def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tiny_size):
+    (tiny_data / "recipe.json").write_text(json.dumps(dict(lr=0.5, model=tiny_size, ema_ramp=True)))
+    args, _, _ = train.parse(["--data", str(tiny_data), "--lr", "0.25", "--no-ema-ramp"])
+    assert (args.lr, args.model, args.ema_ramp, args.global_batch_size) == (0.25, tiny_size, False, 256)
+    (tiny_data / "recipe.json").write_text(json.dumps(dict(learning_rate=0.5)))
+    with pytest.raises(InputError, match="recipe.json: learning_rate is no flag of train.py"):
+        train.parse(["--data", str(tiny_data)])
+
+
+def test_the_defaults_are_the_papers(tmp_path):
+    args, _, _ = train.parse(["--data", str(tmp_path)])
+    assert (args.model, args.lr, args.weight_decay, args.global_batch_size, args.ema_decay, args.grad_clip, args.z_loss) == (
+        "DiT-XL/2", 1e-4, 0.01, 256, 0.9999, 1.0, 1e-5)
+
+
+def test_an_epoch_is_a_permutation_and_a_pure_function_of_seed_and_epoch():
+    rows = np.concatenate([train.batch_rows(10, 4, 3, step) for step in range(5)])          # two epochs of ten
+    for epoch in (rows[:10], rows[10:]):
+        assert sorted(epoch) == list(range(10))
+    assert (rows[:10] != rows[10:]).any()
+    train.epoch_order.cache_clear()
+    assert (train.batch_rows(10, 4, 3, 2) == rows[8:12]).all()                              # across the epochs' border
+    assert (train.batch_rows(10, 4, 4, 2) != rows[8:12]).any()
+
+
+def test_a_mirrored_twin_is_drawn_where_asked(tiny_data):
+    codes = np.load(tiny_data / "codes.npy")
+    np.save(tiny_data / "codes_flip.npy", codes + 1)
+    data = train.open_data(tiny_data)
+    got, y = train.load_batch(data, np.array([3, 5]), np.array([True, False]), "cpu")
+    assert (got[0].numpy() == codes[3] + 1).all() and (got[1].numpy() == codes[5]).all()
+    assert (y.numpy() == data.labels[[3, 5]]).all()
+
+
+def test_the_average_follows_its_formula():
+    a, b = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    want = 0.75 * a.weight.detach() + 0.25 * b.weight.detach()
+    train.update_ema(a, b, 0.75)
+    assert torch.allclose(a.weight, want)
+
+
+def test_a_folder_of_images_is_refused_with_the_command_that_prepares_it(tmp_path):
+    (tmp_path / "photos/cat").mkdir(parents=True)
+    (tmp_path / "photos/cat/1.JPG").write_bytes(b"")
+    with pytest.raises(InputError, match=r"python vq.py .*photos --vq TOKENIZER --out"):
+        train.open_data(tmp_path / "photos")
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda d: (d / "labels.npy").unlink(), "labels.npy is missing"),
+    (lambda d: np.save(d / "labels.npy", np.zeros(7)), "labels.npy"),
+    (lambda d: np.save(d / "labels.npy", np.full(40, 9)), "names class 9 of 3"),
+    (lambda d: np.save(d / "codes.npy", np.full((40, 4, 4), 99, np.uint16)), "code 99"),
+    (lambda d: (d / "tiny_vq.pt").write_text("") or edit(d, tokenizer="tiny_vq.pt"), "tiny_vq.pt"),
+    (lambda d: (d / "meta.json").write_text("{"), "meta.json"),
+    (lambda d: edit(d, classes=None), "meta.json"),
+    (lambda d: (d / "codes.npy").write_bytes((d / "codes.npy").read_bytes()[:300]), "codes.npy"),
+])
+def test_a_damaged_data_directory_is_refused_by_the_files_name(run, tiny_data, spoil, message):
+    spoil(tiny_data)
+    with pytest.raises(InputError, match=message) as error:
+        run("a", "--steps", 1)
+    assert "\n" not in str(error.value) and not Path("runs/a/ckpt.pt").exists()
+
+
+def edit(data, **changes):
+    meta = json.loads((data / "meta.json").read_text()) | changes
+    (data / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--steps", "0"], "--steps 0"), (["--lr", "-1"], "--lr"), (["--ema-decay", "1"], "--ema-decay"),
+    (["--model", "DiT-XXL/2"], "--model"), (["--label-dropout", "1.5"], "--label-dropout"), (["--global-batch-size", "x"], "invalid")])
+def test_flags_out_of_range_exit_with_code_2_and_a_sentence(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.parse(flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_split_is_refused(run):
+    with pytest.raises(InputError, match="--global-batch-size 8: not a multiple of 1 processes times --accumulate 3"):
+        run("a", "--accumulate", 3)
