@@ -4,7 +4,7 @@
     posterior   pi  = softmax(logits(z_t, t, y) / tau)                                    (12, 15)
     mean        mu  = sum_k pi_k e_k
     velocity    v   = (mu - z_t) / (1 - t)                                                (13)
-    loss        -log pi_c  +  1e-5 (log sum_k exp logit_k)^2                              (14) + z-loss, Sec. 3.3
+    loss        -log pi_c  +  z_loss (log sum_k exp logit_k)^2,   z_loss = 1e-5           (14, Sec. 3.3)
     guidance    logits = u + w (c - u),  c with the class, u without
     sampling    for s = 0..T-1: t = s/T, z <- z + v/T; then the nearest code              (Appendix B)
 
@@ -45,6 +45,12 @@ def to_grid(x, p, h, w):
 
 # ------------------------------------------------------------------------------- head and loss, in chunks
 
+def product_dtype(h):
+    """Return the dtype of the head's matrix product: autocast's where that is on, else h's own."""
+    device = h.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The head's matrix product, softmax, cross-entropy and z-loss, a chunk of logits at a time.
 
@@ -55,48 +61,47 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, z_weight, want_gradients):
-        device = h.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
-        D, P = h.shape[-1], target.numel()
-        rows = h.detach().reshape(-1, D).to(dtype)                       # [R,D]
-        target = target.reshape(len(rows), -1)                           # [R,G]
-        G = target.shape[1]
-        W, b = weight.detach().to(dtype).view(G, -1, D), bias.detach().to(dtype).view(G, -1)  # [G,K,D], [G,K]
+        dtype, P = product_dtype(h), target.numel()
         exact = torch.promote_types(dtype, torch.float32)                # float32 island; float64 stays
-        ce, z, hits = (torch.zeros((), dtype=exact, device=h.device) for _ in range(3))
+        rows = h.detach().flatten(0, -2).to(dtype)                       # [R,D], a row for G positions
+        target = target.reshape(len(rows), -1)                           # [R,G]
+        G, step = target.shape[1], max(1, CHUNK * target.shape[1] // len(weight))
+        W, b = weight.detach().to(dtype).view(G, -1, rows.shape[1]), bias.detach().to(dtype).view(G, -1)  # [G,K,D], [G,K]
+        ce, z_sum, hits = (torch.zeros((), dtype=exact, device=h.device) for _ in range(3))
         dh, dW, db = (torch.zeros_like(x, dtype=exact) if want_gradients else None for x in (rows, W, b))
-        step = max(1, CHUNK // W.shape[1])
 
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):
             for g in range(G):
                 for i in range(0, len(rows), step):
-                    x, c = rows[i:i + step], target[i:i + step, g, None]
-                    logits = torch.addmm(b[g], x, W[g].T).to(exact)      # [step,K]
+                    hs, c = rows[i:i + step], target[i:i + step, g, None]
+                    logits = torch.addmm(b[g], hs, W[g].T).to(exact)     # [step,K]
                     top, best = logits.max(1, keepdim=True)
                     of_target = logits.gather(1, c)
                     logits.sub_(top).exp_()
                     total = logits.sum(1, keepdim=True)
                     lse = top + total.log()
                     ce += (lse - of_target).sum()
-                    z += lse.square().sum()
+                    z_sum += lse.square().sum()
                     hits += (best == c).sum()
                     if want_gradients:                                   # in place: exp(logit - top) becomes dlogit
                         logits.mul_((1 + 2 * z_weight * lse) / total)
                         logits.scatter_add_(1, c, torch.full_like(of_target, -1))
+                        db[g] += logits.sum(0)
                         dlogits = logits.to(dtype)
                         dh[i:i + step] += dlogits @ W[g]
-                        dW[g] += dlogits.T @ x
-                        db[g] += logits.sum(0)
+                        dW[g] += dlogits.T @ hs
+                        del dlogits
                     del logits                                           # before the next chunk takes its place
 
         if want_gradients:
             ctx.save_for_backward(*(d.div_(P).view_as(x).to(x.dtype) for d, x in zip((dh, dW, db), (h, weight, bias))))
-        ce, z = ce / P, z_weight * z / P
-        outputs = ce + z, ce, z, hits / P
+        ce, z_loss = ce / P, z_weight * z_sum / P
+        outputs = ce + z_loss, ce, z_loss, hits / P
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
         return *(d * scale.to(d.dtype) for d in ctx.saved_tensors), None, None, None
 
@@ -132,10 +137,16 @@ class Purrception(nn.Module):
         super().__init__()
         self.model, self.z_loss, self.label_dropout = model, z_loss, label_dropout
         self.register_buffer("codebook", codebook.detach().float(), persistent=False)
-        self.patch = math.isqrt(model.final_layer.linear.out_features // len(codebook))
+        outputs, K = model.final_layer.linear.out_features, len(codebook)
+        self.patch = math.isqrt(outputs // K)
+        if self.patch ** 2 * K != outputs:
+            raise ValueError(f"the head has {outputs} outputs, which is not p*p times the codebook's {K} codes")
 
     def noise(self, B, h, w, generator=None):
-        """Draw what one training step needs: times t [B], noise z0 [B,d,h,w], labels to drop [B] bool."""
+        """Draw what one training step needs: times t [B] in [0,1), noise z0 [B,d,h,w], labels to drop [B] bool.
+
+        The authors' release draws t from (0.001, 1) and drops no labels, so its null class is never trained.
+        """
         device, d = self.codebook.device, self.codebook.shape[1]
         t = torch.rand(B, generator=generator, device=device)
         z0 = torch.randn(B, d, h, w, generator=generator, device=device)
@@ -163,20 +174,22 @@ class Purrception(nn.Module):
         head, K = self.model.final_layer.linear, len(self.codebook)
         if cfg != 1:                                                     # with and without the class, in one batch
             z2, t2, y2 = torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.model.num_classes)])
-            x = self.model.hidden(z2, t2, y2)
-            cond, uncond = x.flatten(0, 1).chunk(2)                      # [BN,D] each
+            cond, uncond = self.model.hidden(z2, t2, y2).flatten(0, 1).chunk(2)  # [BN,D] each
         else:
             cond = uncond = self.model.hidden(z, t, y).flatten(0, 1)
-        out = []
-        for W, b in zip(head.weight.split(K), head.bias.split(K)):       # a position of the patch at a time
-            parts = []
-            for c, u in zip(cond.split(max(1, CHUNK // K)), uncond.split(max(1, CHUNK // K))):
-                logits = F.linear(c, W, b).float()
-                if cfg != 1:
-                    logits = torch.lerp(F.linear(u, W, b).float(), logits, cfg)
-                parts.append(f(torch.softmax(logits / tau, 1)))          # (12, 15)
-            out.append(torch.cat(parts))
-        return to_grid(torch.stack(out, 1).view(len(z), -1, len(out), out[0].shape[1]), self.patch, *z.shape[2:])
+        dtype, step, out = product_dtype(cond), max(1, CHUNK // K), []
+        cond, uncond, W, b = (x.to(dtype) for x in (cond, uncond, head.weight, head.bias))
+        with torch.autocast(z.device.type, enabled=False):               # float32 island: guidance, softmax, f
+            for Wg, bg in zip(W.split(K), b.split(K)):                   # a position of the patch at a time
+                parts = []
+                for c, u in zip(cond.split(step), uncond.split(step)):
+                    logits = F.linear(c, Wg, bg).float()                 # [step,K]
+                    if cfg != 1:
+                        logits = torch.lerp(F.linear(u, Wg, bg).float(), logits, cfg)
+                    parts.append(f(torch.softmax(logits / tau, 1)))      # (12, 15)
+                out.append(torch.cat(parts))                             # [BN,C]
+        tokens = torch.stack(out, 1).view(len(z), -1, len(out), out[0].shape[1])  # [B,N,G,C]
+        return to_grid(tokens, self.patch, *z.shape[2:])                 # [B,h,w,C]
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute pi [B,h,w,K] (Eq. 12, 15), the belief about z [B,d,h,w] at times t [B]; cfg guides the logits."""
@@ -206,6 +219,7 @@ class Purrception(nn.Module):
     def nearest(self, z):
         """Return argmin_k |z - e_k|^2 for z [B,d,h,w]: codes [B,h,w], in chunks (|z|^2 is the same for all k)."""
         e2, rows = self.codebook.square().sum(1), z.movedim(1, -1)       # [K], [B,h,w,d]
-        codes = [torch.addmm(e2, r, self.codebook.T, alpha=-2).argmin(1)
-                 for r in rows.flatten(0, 2).split(max(1, CHUNK // len(e2)))]
+        with torch.autocast(z.device.type, enabled=False):               # float32 island
+            codes = [torch.addmm(e2, chunk, self.codebook.T, alpha=-2).argmin(1)
+                     for chunk in rows.flatten(0, 2).split(max(1, CHUNK // len(e2)))]
         return torch.cat(codes).view(rows.shape[:3])

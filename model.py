@@ -48,7 +48,7 @@ class TimestepEmbedder(nn.Module):
         self.half = channels // 2
 
     def forward(self, t):
-        with torch.autocast(t.device.type, enabled=False):  # bf16 knows t to two digits; the authors embed it so
+        with torch.autocast(t.device.type, enabled=False):  # bf16 knows t to two digits; the authors' release embeds it so
             frequencies = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=t.device))
             angles = t.float()[:, None] * frequencies
             return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))

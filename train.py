@@ -245,8 +245,9 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         stats = torch.zeros(5, device=device)              # loss, ce, z-loss, accuracy, wish to stop
         for i in range(0, len(rows), b):
             last = i + b == len(rows)
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync(), autocast():
-                loss, parts = ddp(codes[i:i + b], y[i:i + b], noise=[x[i:i + b] for x in noise])
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # add gradients up at the last only
+                with autocast():
+                    loss, parts = ddp(codes[i:i + b], y[i:i + b], noise=[x[i:i + b] for x in noise])
                 (loss * b / len(rows)).backward()
             stats[:4] += torch.stack([loss.detach(), *parts.values()]).float() * b / len(rows)
         stats[4] = float(bool(stop))

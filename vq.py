@@ -223,7 +223,8 @@ def nearest_code(z, E):
     """
     e2 = E.square().sum(1)
     chunks = z.split(max(1, 2 ** 22 // len(E)))
-    return torch.cat([torch.addmm(e2, chunk, E.T, alpha=-2).argmin(1) for chunk in chunks])
+    with torch.autocast(z.device.type, enabled=False):     # in bf16 neighbours would trade places
+        return torch.cat([torch.addmm(e2, chunk, E.T, alpha=-2).argmin(1) for chunk in chunks])
 
 
 # ---------------------------------------------------------------------------------------------- weights

@@ -205,7 +205,7 @@ def draw(rng, coat, size=64):
     fur, muzzle, marking = (jitter(rng, colour, 0.08) for colour in (fur, muzzle, MARKINGS.get(name, fur)))
     pale = fur.mean() > 180
     value = rng.uniform(0.42, 0.68) if pale else rng.uniform(0.66, 0.86)  # so that the head stands out
-    backdrop = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.12, 0.36), value)
+    backdrop = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.06, 0.28), value)
     canvas = Canvas(rng, size, 255 * np.reshape(backdrop, (3, 1, 1)))
 
     skull, ears, shoulder = head_outline(rng), ear_outlines(rng, canvas.yaw), rng.uniform(0.8, 1.0)

@@ -39,9 +39,10 @@ def edges(x):
 
 
 def reconstruction_loss(y, x):
-    """Compare pictures y with x, both [B,3,H,W]: squares for the areas, absolute values of pixels and edges for detail."""
+    """Compare pictures y with x, both [B,3,H,W]: squares for areas, pixels and edges in absolute value for detail."""
+    colour = F.mse_loss(F.avg_pool2d(y, 8), F.avg_pool2d(x, 8))          # of each code's cell: else learned last
     edge = sum(F.l1_loss(a, b) for a, b in zip(edges(y), edges(x)))
-    return 10 * F.mse_loss(y, x) + F.l1_loss(y, x) + 0.3 * edge
+    return 10 * F.mse_loss(y, x) + 20 * colour + F.l1_loss(y, x) + 0.3 * edge
 
 
 class MovingCodebook:
@@ -137,7 +138,7 @@ def main():
     parser.add_argument("--num-reference", type=int, default=2000, help="held-out cats")
     parser.add_argument("--steps", type=int, default=8500, help="training steps of the tokenizer")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tokenizer's training")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,5 +1,6 @@
 """Check flow.py: the loss and its gradients against the plain formulas, the posterior's limits, Euler's promises."""
 import contextlib
+import inspect
 import math
 import weakref
 
@@ -185,17 +186,18 @@ def test_float32_is_close_to_float64():
 
 
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
-def test_under_autocast_only_the_product_is_bf16(features):
+def test_under_autocast_only_the_product_is_bf16(monkeypatch, features):
+    monkeypatch.setattr(flow, "CHUNK", 4 * 9)              # fifty chunks, summed in float32
     inputs, target = head_inputs(200, groups=2, dtype=torch.float32)
     h = inputs[0].detach().to(features).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         ours = linear_cross_entropy(h, *inputs[1:], target)
         logits = F.linear(h, *inputs[1:])
     assert logits.dtype == torch.bfloat16 and all(x.dtype == torch.float32 for x in ours)
-    assert_same([x.detach() for x in ours], [x.detach() for x in plain_loss(logits.float().view(200, 2, -1), target, 1e-5)], 2e-3)
+    assert_same([x.detach() for x in ours], [x.detach() for x in plain_loss(logits.float().view(200, 2, -1), target, 1e-5)], 1e-5)
     a, b = gradients(ours[0], [h, *inputs[1:]]), gradients(plain_head(*inputs, target, 1e-5)[0], inputs)
     assert [x.dtype for x in a] == [features, torch.float32, torch.float32]
-    assert_same([x.float() for x in a], b, 0.02)
+    assert_same([x.float() for x in a], b, 0.01)
 
 
 def test_torch_compile_agrees():
@@ -301,6 +303,7 @@ def test_loss_at_a_point_equals_the_plain_formula_with_its_gradients(z_loss):
 
 def test_forward_trains_on_the_straight_path_from_noise_to_the_codes():
     f, B = method(label_dropout=0.0), 2000
+    f.codebook *= 300                                      # so that a time a little off shows as noise far off
     codes, y = torch.randint(K, (B, SIDE, SIDE)), torch.randint(CLASSES, (B,))
     loss, parts = f(codes, y, torch.Generator().manual_seed(0))
     z, t, seen = f.model.calls[0]
@@ -339,6 +342,13 @@ def test_loss_at_a_point_drops_no_labels():
     f, (z, t, y, codes) = method(label_dropout=1.0), point()
     f.loss(z, t, y, codes)
     assert f.model.calls[0][2].equal(y)
+
+
+def test_defaults_are_the_papers():
+    defaults = {name: x.default for call in (Purrception.__init__, Purrception.posterior, Purrception.sample)
+                for name, x in inspect.signature(call).parameters.items()}
+    assert (defaults["z_loss"], defaults["label_dropout"], defaults["steps"], defaults["tau"]) == (1e-5, 0.1, 100, 0.9)
+    assert inspect.signature(Purrception.posterior).parameters["tau"].default == 1.0
 
 
 def test_the_codebook_is_frozen_and_kept_out_of_checkpoints():
