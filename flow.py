@@ -137,67 +137,95 @@ class Purrception(nn.Module):
         super().__init__()
         self.model, self.z_loss, self.label_dropout = model, z_loss, label_dropout
         self.register_buffer("codebook", codebook.detach().float(), persistent=False)
-        outputs, K = model.final_layer.linear.out_features, len(codebook)
-        self.patch = math.isqrt(outputs // K)
-        if self.patch ** 2 * K != outputs:
-            raise ValueError(f"the head has {outputs} outputs, which is not p*p times the codebook's {K} codes")
+        outputs, each = model.final_layer.linear.out_features, self.outputs(codebook)
+        self.patch = math.isqrt(outputs // each)
+        if self.patch ** 2 * each != outputs:
+            raise ValueError(f"the head has {outputs} outputs, which is not p*p times {each}")
+
+    @staticmethod
+    def outputs(codebook):
+        """Tell how many numbers the network is to return for each position: K logits."""
+        return len(codebook)
+
+    def start(self, B, h, w, generator=None):
+        """Draw the noise paths begin with: z0 [B,d,h,w], normal, on the generator's device."""
+        device = self.codebook.device if generator is None else generator.device
+        return torch.randn(B, self.codebook.shape[1], h, w, generator=generator, device=device)
 
     def noise(self, B, h, w, generator=None):
-        """Draw what one training step needs: times t [B] in [0,1), noise z0 [B,d,h,w], labels to drop [B] bool.
+        """Draw what one training step needs: times t [B] in [0,1), start(), labels to drop [B] bool.
 
         The authors' release draws t from (0.001, 1) and drops no labels, so its null class is never trained.
         """
-        device, d = self.codebook.device, self.codebook.shape[1]
-        t = torch.rand(B, generator=generator, device=device)
-        z0 = torch.randn(B, d, h, w, generator=generator, device=device)
-        return t, z0, torch.rand(B, generator=generator, device=device) < self.label_dropout
+        t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
+        return t, self.start(B, h, w, generator), drop < self.label_dropout
+
+    def path(self, z0, codes, t):
+        """Go from noise z0 to the codes [B,h,w], as far as t [B] says: z_t = t z1 + (1 - t) z0, [B,d,h,w]."""
+        z1, t = F.embedding(codes, self.codebook).movedim(-1, 1), t.view(-1, 1, 1, 1)
+        return t * z1 + (1 - t) * z0
 
     def forward(self, codes, y, generator=None, noise=None):
-        """Compute the training loss of codes [B,h,w] and classes y [B]: scalar, {"ce", "z", "accuracy"}."""
+        """Compute the training loss of codes [B,h,w] and classes y [B]: a scalar, and its parts as loss() names them.
+
+        noise: what noise() draws; drawn from the generator where it is not given.
+        """
         t, z0, drop = self.noise(*codes.shape, generator) if noise is None else noise
-        z1 = F.embedding(codes, self.codebook).movedim(-1, 1)            # [B,d,h,w]
-        s = t.view(-1, 1, 1, 1)
-        z = s * z1 + (1 - s) * z0
         if self.label_dropout > 0:
             y = y.masked_fill(drop, self.model.num_classes)
-        return self.loss(z, t, y, codes)
+        return self.loss(self.path(z0, codes, t), t, y, codes)
 
     def loss(self, z, t, y, codes):
         """Compute -log pi_c + z-loss (Eq. 14) at the point z [B,d,h,w] of the path: scalar, {"ce", "z", "accuracy"}."""
         head = self.model.final_layer.linear
-        h = self.model.hidden(z, t, y)                                   # [B,N,D]
+        h = self.hidden(z, t, y)                                         # [B,N,D]
         loss, ce, z_loss, accuracy = head_loss(h, head.weight, head.bias, to_tokens(codes, self.patch), self.z_loss)
         return loss, {"ce": ce, "z": z_loss, "accuracy": accuracy}
 
-    def _map_posterior(self, f, z, t, y, tau, cfg):
-        """Apply f to pi [.,K] a chunk of positions at a time: [B,h,w,C] for f's C outputs. One network call."""
-        head, K = self.model.final_layer.linear, len(self.codebook)
+    def hidden(self, z, t, y):
+        """Run the network up to its head: [B,N,D]."""
+        return self.model.hidden(z, t, y)
+
+    def map_head(self, f, z, t, y, cfg):
+        """Apply f to the head's guided outputs, a chunk [n,K] at a time: [B,h,w,C] for f's C outputs. One network call.
+
+        f is also told the chunk's place: which position of the patch, and which tokens (a slice of all BN).
+        """
+        head, width = self.model.final_layer.linear, self.outputs(self.codebook)
         if cfg != 1:                                                     # with and without the class, in one batch
             z2, t2, y2 = torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.model.num_classes)])
-            cond, uncond = self.model.hidden(z2, t2, y2).flatten(0, 1).chunk(2)  # [BN,D] each
+            cond, uncond = self.hidden(z2, t2, y2).flatten(0, 1).chunk(2)  # [BN,D] each
         else:
-            cond = uncond = self.model.hidden(z, t, y).flatten(0, 1)
-        dtype, step, out = product_dtype(cond), max(1, CHUNK // K), []
+            cond = uncond = self.hidden(z, t, y).flatten(0, 1)
+        dtype, step, out = product_dtype(cond), max(1, CHUNK // width), []
         cond, uncond, W, b = (x.to(dtype) for x in (cond, uncond, head.weight, head.bias))
-        with torch.autocast(z.device.type, enabled=False):               # float32 island: guidance, softmax, f
-            for Wg, bg in zip(W.split(K), b.split(K)):                   # a position of the patch at a time
+        with torch.autocast(z.device.type, enabled=False):               # float32 island: guidance and f
+            for g, (Wg, bg) in enumerate(zip(W.split(width), b.split(width))):  # a position of the patch at a time
                 parts = []
-                for c, u in zip(cond.split(step), uncond.split(step)):
-                    logits = F.linear(c, Wg, bg).float()                 # [step,K]
+                for i in range(0, len(cond), step):
+                    some = slice(i, i + step)
+                    x = F.linear(cond[some], Wg, bg).float()             # [n,K]
                     if cfg != 1:
-                        logits = torch.lerp(F.linear(u, Wg, bg).float(), logits, cfg)
-                    parts.append(f(torch.softmax(logits / tau, 1)))      # (12, 15)
+                        x = torch.lerp(F.linear(uncond[some], Wg, bg).float(), x, cfg)  # u + w (c - u)
+                    parts.append(f(x, g, some))
                 out.append(torch.cat(parts))                             # [BN,C]
         tokens = torch.stack(out, 1).view(len(z), -1, len(out), out[0].shape[1])  # [B,N,G,C]
-        return to_grid(tokens, self.patch, *z.shape[2:])                 # [B,h,w,C]
+        return to_grid(tokens, self.patch, *z.shape[-2:])                # [B,h,w,C]
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute pi [B,h,w,K] (Eq. 12, 15), the belief about z [B,d,h,w] at times t [B]; cfg guides the logits."""
-        return self._map_posterior(lambda pi: pi, z, t, y, tau, cfg)
+        return self.map_head(lambda logits, *_: torch.softmax(logits / tau, 1), z, t, y, cfg)
 
     def mean(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute mu = sum_k pi_k e_k [B,d,h,w], in chunks: never all of pi."""
-        return self._map_posterior(lambda pi: pi @ self.codebook, z, t, y, tau, cfg).movedim(-1, 1)
+        return self.map_head(lambda logits, *_: torch.softmax(logits / tau, 1) @ self.codebook, z, t, y, cfg).movedim(-1, 1)
+
+    def entropy(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute the posterior's entropy -sum_k pi_k log2 pi_k, [B,h,w] in bits: from 0, certain, to log2 K."""
+        def bits(logits, *_):
+            logits = logits / tau
+            return -(torch.softmax(logits, 1) * torch.log_softmax(logits, 1)).sum(1, keepdim=True) / math.log(2)
+        return self.map_head(bits, z, t, y, cfg).squeeze(-1)
 
     def velocity(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute v = (mu - z) / (1 - t), [B,d,h,w] (Eq. 13)."""
@@ -209,8 +237,7 @@ class Purrception(nn.Module):
 
         The authors' release takes steps - 1 steps and divides by 1 - t + 1e-6; here the last step lands on mu exactly.
         """
-        side = self.model.input_size
-        z = torch.randn(len(y), self.codebook.shape[1], side, side, device=y.device) if noise is None else noise
+        z = self.start(len(y), *[self.model.input_size] * 2) if noise is None else noise
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
             z = z + self.velocity(z, t, y, tau, cfg) / steps
@@ -223,3 +250,104 @@ class Purrception(nn.Module):
             codes = [torch.addmm(e2, chunk, self.codebook.T, alpha=-2).argmin(1)
                      for chunk in rows.flatten(0, 2).split(max(1, CHUNK // len(e2)))]
         return torch.cat(codes).view(rows.shape[:3])
+
+
+# ------------------------------------------------------------------------------- the baselines
+
+class CFM(Purrception):
+    """Regress the velocity itself: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747), continuous to the end.
+
+    The same path and the same network, with d outputs a position instead of K. There is no posterior, so no tau.
+    """
+
+    def __init__(self, model, codebook, label_dropout=0.1):
+        super().__init__(model, codebook, z_loss=None, label_dropout=label_dropout)
+
+    @staticmethod
+    def outputs(codebook):
+        """Tell how many numbers the network is to return for each position: a velocity, d."""
+        return codebook.shape[1]
+
+    def loss(self, z, t, y, codes):
+        """Compute the mean of (v - (z1 - z0))^2 at the point z [B,d,h,w] of the path: scalar, {"mse"}."""
+        z1 = F.embedding(codes, self.codebook).movedim(-1, 1)
+        straight = (z1 - z) / (1 - t.view(-1, 1, 1, 1))                  # z1 - z0
+        mse = F.mse_loss(self.velocity(z, t, y), straight)
+        return mse, {"mse": mse.detach()}
+
+    def posterior(self, *_, **__):
+        """Refuse: a velocity says nothing of single codes."""
+        raise ValueError("CFM has no posterior over codes; ask Purrception or DFM")
+
+    mean = entropy = posterior
+
+    def velocity(self, z, t, y, cfg=1.0):
+        """Compute v [B,d,h,w], the network's answer; cfg guides it as it does Purrception's logits."""
+        return self.map_head(lambda v, *_: v, z, t, y, cfg).movedim(-1, 1)
+
+    @torch.no_grad()
+    def sample(self, y, steps=100, cfg=1.0, noise=None):
+        """Sample codes [B,h,w] by Euler steps from noise [B,d,h,w]; the end is on no code, so the nearest is taken."""
+        z = self.start(len(y), *[self.model.input_size] * 2) if noise is None else noise
+        for s in range(steps):
+            t = torch.full((len(y),), s / steps, device=z.device)
+            z = z + self.velocity(z, t, y, cfg) / steps
+        return self.nearest(z)
+
+
+class DFM(Purrception):
+    """Unmask codes one by one: masked discrete flow matching (Gat et al. 2024, arXiv 2407.15595), discrete to the end.
+
+    The state is a grid of codes, or K where a position is still masked. Schedule kappa = t: at time t a position is
+    masked with probability 1 - t. The network, the same but for its first layer, sees a learned vector a code.
+    """
+
+    def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
+        super().__init__(model, codebook, z_loss, label_dropout)
+        if not hasattr(model, "code_embedder"):
+            model.code_embedder = nn.Embedding(len(codebook) + 1, model.in_channels)
+            nn.init.normal_(model.code_embedder.weight, std=0.02)
+
+    def start(self, B, h, w, generator=None):
+        """Draw two uniform numbers a position [B,2,h,w]: when it is unmasked, and what it turns into."""
+        device = self.codebook.device if generator is None else generator.device
+        return torch.rand(B, 2, h, w, generator=generator, device=device)
+
+    def path(self, z0, codes, t):
+        """Show the codes [B,h,w] whose time has come and mask the others: [B,h,w] in 0..K."""
+        return torch.where(z0[:, 0] < t.view(-1, 1, 1), codes, len(self.codebook))
+
+    def hidden(self, z, t, y):
+        """Run the network on codes z [B,h,w] in 0..K, up to its head: [B,N,D]."""
+        return self.model.hidden(self.model.code_embedder(z).movedim(-1, 1), t, y)
+
+    def velocity(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute the probability velocity (pi - onehot(z)) / (1 - t) of masked positions: [B,h,w,K+1]; 0 elsewhere."""
+        masked = z == len(self.codebook)
+        pi = F.pad(self.posterior(z, t, y, tau, cfg), (0, 1)) - F.one_hot(z, len(self.codebook) + 1)
+        return masked.unsqueeze(-1) * pi / (1 - t.view(-1, 1, 1, 1))
+
+    @torch.no_grad()
+    def sample(self, y, steps=100, tau=1.0, cfg=1.0, noise=None):
+        """Sample codes [B,h,w] by `steps` Euler steps on the probability velocity, from start()'s noise [B,2,h,w].
+
+        A step of 1/T moves a masked position to code k with probability pi_k / (T (1 - t)). That is to say: each position
+        is unmasked in the step that holds a uniform number of its own, and turns into a draw from pi. At T none is masked.
+        """
+        noise = self.start(len(y), *[self.model.input_size] * 2) if noise is None else noise
+        when, which = noise.unbind(1)
+        uniform = to_tokens(which, self.patch).flatten(0, 1)             # [BN,G]
+
+        def draw(logits, g, some):                                       # invert the distribution function
+            total = torch.softmax(logits / tau, 1).cumsum(1)             # [n,K]
+            return torch.searchsorted(total, uniform[some, g, None] * total[:, -1:]).clamp(max=total.shape[1] - 1)
+
+        z = torch.full_like(when, len(self.codebook), dtype=torch.long)
+        for s in range(steps):
+            t = torch.full((len(y),), s / steps, device=z.device)
+            drawn = self.map_head(draw, z, t, y, cfg).squeeze(-1)
+            z = torch.where((z == len(self.codebook)) & (when < (s + 1) / steps), drawn, z)
+        return z
+
+
+OBJECTIVES = {"purrception": Purrception, "cfm": CFM, "dfm": DFM}

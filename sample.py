@@ -1,6 +1,8 @@
 """Sample images from a checkpoint: noise -> Purrception -> codes -> tokenizer -> PNG files.
 
     python sample.py --tau 0.9                                         the newest run's EMA weights, into samples/
+    python sample.py --tau 0.3 0.6 0.9 1.2                             one sheet, a row for each temperature (Figure 5)
+    python sample.py --trajectory                                      a film strip: z_t, mu_t and the posterior's entropy
     python sample.py --tau 0.9 --cfg-scale 2 --classes siamese calico 0 --num-samples 30 --out cats
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --cfg-scale 1.3 --npz
 
@@ -17,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from flow import seeded
@@ -54,14 +56,19 @@ def pick_classes(wanted, names):
     return [names.index(w) if w in names else int(w) for w in wanted]
 
 
-def initial_noise(indices, shape, seed, device):
-    """Draw the noise z0 [B,d,h,w] of images `indices`, each from a generator of its own: (seed, i), on the CPU."""
-    return torch.stack([torch.randn(shape, generator=seeded("cpu", seed, int(i))) for i in indices]).to(device)
+def initial_noise(flow, indices, grid, seed, device):
+    """Draw the noise z0 [B,d,h,w] the images `indices` begin with, each from a generator of its own: (seed, i), on the CPU."""
+    return torch.cat([flow.start(1, *grid, seeded("cpu", seed, i)) for i in indices]).to(device)
+
+
+def beside(out, ending):
+    """Name a file beside the folder out: samples/ -> samples.png."""
+    return out.with_name(out.name + ending)
 
 
 def claim_folder(out, record):
     """Start the folder's sidecar, or find that it tells of these very images, which then goes on."""
-    sidecar = out.with_name(out.name + ".json")
+    sidecar = beside(out, ".json")
     if sidecar.exists() and out.exists():
         before = read_json(sidecar)
         other = [k for k in record if k != "num_samples" and before.get(k) != record[k]]
@@ -80,72 +87,165 @@ def write_npz(out, count):
     """Pack the images into OUT.npz (arr_0 uint8 [N,H,W,3]) for ADM's evaluator, one at a time: 50,000 take 10 GB."""
     first = np.asarray(Image.open(out / "000000.png"))
     header = dict(descr="|u1", fortran_order=False, shape=(count, *first.shape))
-    with replacing(out.with_name(out.name + ".npz")) as partial, zipfile.ZipFile(partial, "w") as archive:
+    with replacing(beside(out, ".npz")) as partial, zipfile.ZipFile(partial, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as f:
             np.lib.format.write_array_header_1_0(f, header)
             for i in range(count):
                 f.write(np.asarray(Image.open(out / f"{i:06d}.png")).tobytes())
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Sample images from a checkpoint.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--ckpt", type=Path, help="checkpoint; default: the newest run's ckpt.pt")
-    parser.add_argument("--data", help="data directory, where it has moved since training")
-    parser.add_argument("--tau", type=float, default=0.9, help="temperature of the posterior")
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; 1: off")
-    parser.add_argument("--steps", type=int, default=100, help="Euler steps, one network call each")
-    parser.add_argument("--num-samples", type=int, default=256, help="images to make")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="numbers or names, taken in turn; default: all")
-    parser.add_argument("--seed", type=int, default=0, help="image i's noise is a function of (seed, i)")
-    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
-    parser.add_argument("--per-proc-batch-size", type=int, default=64, help="images a process makes at once")
-    parser.add_argument("--npz", action="store_true", help="also pack them into OUT.npz, for ADM's evaluator")
-    parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto",
-                        help="auto: bf16 on a GPU, float32 on a CPU, where images then repeat exactly whatever the batch")
-    args = parser.parse_args(argv)
-    for name in ("tau", "steps", "num_samples", "per_proc_batch_size"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    rank, world, device = join_processes()
-    if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "float32"
-    ckpt = args.ckpt or newest_run() / "ckpt.pt"
-    flow, vq, data, settings, step = load_run(ckpt, device, args.data)
-    if args.cfg_scale != 1 and settings["label_dropout"] == 0:
-        raise InputError(f"--cfg-scale {args.cfg_scale}: {ckpt} was trained with --label-dropout 0 and knows no \"no class\"; "
-                         "leave it at 1")
-    classes = pick_classes(args.classes, data.meta["classes"])
-    if rank == 0:
-        claim_folder(args.out, dict(
-            ckpt=str(Path(ckpt).resolve()), step=step, started=settings["started"], data=str(data.path), tau=args.tau,
-            cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, precision=args.precision,
-            num_samples=args.num_samples))
-    if world > 1:
-        dist.barrier()
-
+def fill_folder(draw, args, rank, world, columns):
+    """Make the images that are missing in args.out, processes taking turns; then the contact sheet and the npz."""
     todo = [i for i in range(args.num_samples) if not (args.out / f"{i:06d}.png").exists()][rank::world]
-    shape = flow.codebook.shape[1], *data.codes.shape[1:]
-    autocast = half_precision(device, args.precision)
     if world > 1:
         dist.barrier()                                     # every process must have looked before one writes
-    with tqdm(total=len(todo), unit=" images", desc="sample", disable=rank > 0) as bar, torch.inference_mode():
+    with tqdm(total=len(todo), unit=" images", desc="sample", disable=rank > 0) as bar:
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
-            y = torch.tensor([classes[i % len(classes)] for i in batch], device=device)
-            with autocast():
-                codes = flow.sample(y, args.steps, args.tau, args.cfg_scale, initial_noise(batch, shape, args.seed, device))
-            for i, pixels in zip(batch, to_pixels(vq.decode(codes)).cpu()):
+            for i, pixels in zip(batch, draw(batch)):
                 save_image(args.out / f"{i:06d}.png", pixels)
             bar.update(len(batch))
     if world > 1:
         dist.barrier()
     if rank == 0:
         shown = [np.asarray(Image.open(args.out / f"{i:06d}.png")) for i in range(min(args.num_samples, SHOWN))]
-        save_image(args.out.with_name(args.out.name + ".png"), sheet(np.stack(shown), min(10, len(classes))))
+        save_image(beside(args.out, ".png"), sheet(np.stack(shown), columns))
         if args.npz:
             write_npz(args.out, args.num_samples)
         print(f"{args.num_samples} images in {args.out}/, a contact sheet in {args.out}.png; next: python fid.py {args.out}/")
+
+
+# ------------------------------------------------------------------------------------------------ pictures of the process
+
+def caption(pixels, words, height=14):
+    """Write words [n], evenly spread, on a white strip above the picture uint8 [H,W,3]."""
+    page = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + height), "white")
+    page.paste(Image.fromarray(pixels), (0, height))
+    for i, word in enumerate(words):
+        ImageDraw.Draw(page).text((i * page.width / len(words) + 3, 1), word, fill="black")
+    return np.asarray(page)
+
+
+def heat(values, top, zoom):
+    """Colour values [B,h,w] from 0 (dark) to top (light): uint8 [B,h*zoom,w*zoom,3]."""
+    anchors = np.array([(10, 7, 40), (105, 20, 110), (215, 60, 75), (250, 155, 30), (252, 250, 180)])
+    place = np.linspace(0, top, len(anchors))
+    colours = np.stack([np.interp(values, place, channel) for channel in anchors.T], -1).round().astype(np.uint8)
+    return colours.repeat(zoom, 1).repeat(zoom, 2)
+
+
+def film_strip(flow, vq, y, noise, steps, tau, cfg, columns=9):
+    """Picture how samples come about: columns are times from 0 to 1; three rows for each of B samples.
+
+    The decoded nearest codes of z_t; those of mu_t, what the model believes now; the posterior's entropy per position in
+    bits. In the last column z has landed on mu, and the entropy is that of the last step's posterior.
+    """
+    shown, top = sorted({round(s) for s in np.linspace(0, steps, columns)}), np.log2(len(flow.codebook))
+    look = lambda z: to_pixels(vq.decode(flow.nearest(z))).cpu().numpy()  # noqa: E731
+    z, frames = noise, []
+    for s in range(steps + 1):
+        if s < steps:                                      # at s = T there is no step left to take
+            t = torch.full((len(y),), s / steps, device=z.device)
+            mu = flow.mean(z, t, y, tau, cfg)
+            bits = flow.entropy(z, t, y, tau, cfg).cpu().numpy() if {s, s + 1} & set(shown) else None
+        if s in shown:
+            frames.append([look(z), look(mu), heat(bits, top, vq.factor)])  # [B,H,W,3] each
+        z = z + (mu - z) / max(1, steps - s)               # dt / (1 - t) = 1 / (T - s)
+    pixels = np.stack([np.stack(frame, 1) for frame in frames], 2)       # [B,3,columns,H,W,3]
+    page = caption(sheet(pixels.reshape(-1, *pixels.shape[3:]), len(shown)), [f"t={s / steps:.2f}" for s in shown])
+    scale = heat(np.linspace(0, top, page.shape[1])[None, None], top, 1)[0].repeat(8, 0)  # [8,W',3]
+    return np.concatenate([page, caption(scale, ["0 bits", f"{top / 2:.1f}", f"{top:.1f} bits of entropy"])])
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description="Sample images from a checkpoint.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--ckpt", type=Path, help="checkpoint; default: the newest run's ckpt.pt")
+    add("--data", help="data directory, where it has moved since training")
+    add("--tau", type=float, nargs="+", help="temperature of the posterior, by default 0.9 (dfm: 1); several: one sheet, a row each")
+    add("--cfg-scale", type=float, default=1.0, help="guidance; 1: off")
+    add("--steps", type=int, default=100, help="Euler steps, one network call each")
+    add("--num-samples", type=int, default=256, help="images to make")
+    add("--classes", nargs="+", metavar="CLASS", help="numbers or names, taken in turn; default: all")
+    add("--seed", type=int, default=0, help="image i's noise is a function of (seed, i)")
+    add("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
+    add("--per-proc-batch-size", type=int, default=64, help="images a process makes at once")
+    add("--npz", action="store_true", help="also pack them into OUT.npz, for ADM's evaluator")
+    add("--trajectory", action="store_true", help="instead of samples, a film strip of how the first three come about")
+    add("--precision", choices=("auto", "bf16", "float32"), default="auto",
+        help="auto: bf16 on a GPU, float32 on a CPU, where images then repeat exactly whatever the batch")
+    args = parser.parse_args(argv)
+    for name in ("steps", "num_samples", "per_proc_batch_size"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    for tau in args.tau or []:
+        if not tau > 0:
+            parser.error(f"--tau {tau}: give a number above 0; 1e-6 is the arg max")
+    return parser, args
+
+
+def check_knobs(parser, args, ckpt, settings):
+    """Refuse what means nothing for the checkpoint's objective, and fill in the temperature where there is one."""
+    objective = settings["objective"]
+    if objective == "cfm" and args.tau:
+        parser.error(f"--tau: {ckpt} was trained with --objective cfm, which has no posterior; leave it out")
+    if objective != "purrception" and args.trajectory:
+        parser.error(f"--trajectory: {ckpt} was trained with --objective {objective}, which has no mean to show; leave it out")
+    if args.cfg_scale != 1 and settings["label_dropout"] == 0:
+        parser.error(f"--cfg-scale {args.cfg_scale}: {ckpt} was trained with --label-dropout 0 and knows no \"no class\"; "
+                     "leave it at 1")
+    return args.tau or {"purrception": [0.9], "dfm": [1.0], "cfm": [None]}[objective]
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    rank, world, device = join_processes()
+    if args.precision == "auto":
+        args.precision = "bf16" if device.type == "cuda" else "float32"
+    ckpt = args.ckpt or newest_run() / "ckpt.pt"
+    flow, vq, data, settings, step = load_run(ckpt, device, args.data)
+    taus = check_knobs(parser, args, ckpt, settings)
+    classes = pick_classes(args.classes, data.meta["classes"])
+    autocast = half_precision(device, args.precision)
+
+    def begin(indices):                                    # labels [B] and noise [B,d,h,w]
+        y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
+        return y, initial_noise(flow, indices, data.codes.shape[1:], args.seed, device)
+
+    @torch.inference_mode()
+    def draw(indices, tau=taus[0]):                        # pixels uint8 [B,H,W,3]
+        y, noise = begin(indices)
+        with autocast():
+            codes = flow.sample(y, args.steps, cfg=args.cfg_scale, noise=noise, **({} if tau is None else {"tau": tau}))
+        # decoded one by one: in a batch, convolutions round differently with its size
+        return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
+
+    if args.trajectory or len(taus) > 1:
+        if rank > 0:
+            return
+        shown = range(min(args.num_samples, 3 if args.trajectory else 10))
+        if args.trajectory:
+            with torch.inference_mode(), autocast():
+                page = film_strip(flow, vq, *begin(shown), args.steps, taus[0], args.cfg_scale)
+            path = beside(args.out, "-trajectory.png")
+        else:
+            page = sheet(torch.cat([draw(shown, tau) for tau in tqdm(taus, desc="temperatures")]), len(shown))
+            path = beside(args.out, "-temperatures.png")
+        save_image(path, page)
+        print(path)
+        return
+
+    if rank == 0:
+        claim_folder(args.out, dict(
+            ckpt=str(Path(ckpt).resolve()), step=step, started=settings["started"], data=str(data.path), tau=taus[0],
+            cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, precision=args.precision,
+            num_samples=args.num_samples))
+    if world > 1:
+        dist.barrier()
+    fill_folder(draw, args, rank, world, min(10, len(classes)))
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""Train Purrception on a data directory of codes: one readable loop, on a laptop or on many GPUs.
+"""Train Purrception, or one of its baselines, on a data directory of codes: one readable loop, on a laptop or on many GPUs.
 
     python train.py                                            the embedded cats, about 5 minutes on 2 CPU cores
     torchrun --nproc_per_node=8 train.py --data data/imagenet --name xl2         the paper's run
@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from flow import Purrception, seeded
+from flow import OBJECTIVES, seeded
 from model import SIZES, DiT
 from vq import SUFFIXES, InputError, join_processes, load_vq, read_checkpoint, replacing, save_image, sheet, to_pixels
 
@@ -120,10 +120,12 @@ def load_batch(data, rows, mirror, device):
 # ------------------------------------------------------------------------------------------------ networks
 
 def build(args, meta, codebook, side):
-    """Build the method and its network as args say, for this data: grid side, K codes and number of classes."""
-    K, d = codebook.shape
-    model = DiT(input_size=side, in_channels=d, out_channels=K, num_classes=len(meta["classes"]), **SIZES[args["model"]])
-    return Purrception(model, codebook, z_loss=args["z_loss"], label_dropout=args["label_dropout"])
+    """Build the method and its network as args say, for this data: grid side, codebook [K,d] and number of classes."""
+    method, size = OBJECTIVES[args["objective"]], SIZES[args["model"]]
+    inputs = size["hidden_size"] if args["objective"] == "dfm" else codebook.shape[1]  # dfm embeds its codes
+    model = DiT(input_size=side, in_channels=inputs, out_channels=method.outputs(codebook), num_classes=len(meta["classes"]), **size)
+    knobs = {} if args["objective"] == "cfm" else {"z_loss": args["z_loss"]}
+    return method(model, codebook, label_dropout=args["label_dropout"], **knobs)
 
 
 def half_precision(device, precision):
@@ -242,15 +244,14 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         codes, y = load_batch(data, rows, mirror, device)
         noise = [x[mine] for x in flow.noise(B, side, side, seeded(device, args["seed"], step))]
 
-        stats = torch.zeros(5, device=device)              # loss, ce, z-loss, accuracy, wish to stop
+        stats = 0                                          # means over the batch: the loss and its parts
         for i in range(0, len(rows), b):
             last = i + b == len(rows)
             with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # add gradients up at the last only
                 with autocast():
                     loss, parts = ddp(codes[i:i + b], y[i:i + b], noise=[x[i:i + b] for x in noise])
                 (loss * b / len(rows)).backward()
-            stats[:4] += torch.stack([loss.detach(), *parts.values()]).float() * b / len(rows)
-        stats[4] = float(bool(stop))
+            stats = stats + torch.stack([loss.detach(), *parts.values(), torch.full_like(loss, bool(stop))]).float() * b / len(rows)
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
@@ -272,7 +273,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         final = done == args["steps"] or stopping > 0
         if rank == 0 and (done % args["log_every"] == 0 or final or done == 1):
             speed = seen / (time.perf_counter() - clock)
-            log.write(step=done, **dict(zip(("loss", "ce", "z_loss", "accuracy"), means)), grad_norm=grad_norm.item(), lr=lr,
+            log.write(step=done, **dict(zip(("loss", *parts), means)), grad_norm=grad_norm.item(), lr=lr,
                       images_per_second=round(speed, 2), peak_memory_gib=round(peak_memory(device), 3))
             bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{speed:.0f}/s", refresh=False)
             clock, seen = time.perf_counter(), 0
@@ -296,9 +297,9 @@ def paint(flow, vq, args, path, device):
     """Save a picture of EMA samples, one row for each of five draws of one fixed noise, up to ten classes across."""
     columns = min(10, flow.model.num_classes)
     y = torch.arange(columns, device=device).repeat(5)
-    noise = flow.noise(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))[1]
+    noise = flow.start(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))
     with torch.inference_mode():
-        codes = flow.sample(y, steps=50, tau=0.9, cfg=args["sample_cfg"], noise=noise)
+        codes = flow.sample(y, steps=50, cfg=args["sample_cfg"], noise=noise)
         save_image(path, sheet(to_pixels(vq.decode(codes)).cpu(), columns))
 
 
@@ -311,6 +312,7 @@ def parse(argv=None):
     add("--data", default=str(HERE / "demo"), help="data directory: what vq.py wrote")
     add("--name", help="the run's folder is runs/NAME; default: the next free number")
     add("--resume", action="store_true", help="go on with --name, or with the newest run")
+    add("--objective", default="purrception", choices=OBJECTIVES, help="the paper's method, or one of its two baselines")
     add("--model", default="DiT-XL/2", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
     add("--steps", type=int, default=3_500_000, help="training steps")
     add("--global-batch-size", type=int, default=256, help="images a step, all processes together")
@@ -321,7 +323,7 @@ def parse(argv=None):
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
     add("--ema-ramp", action=argparse.BooleanOptionalAction, default=False, help="average over a tenth of the steps at first")
-    add("--z-loss", type=float, default=1e-5, help="weight of the z-loss")
+    add("--z-loss", type=float, help="weight of the z-loss; default: 1e-5, and none for cfm")
     add("--label-dropout", type=float, default=0.1, help="share of labels dropped, which guidance needs")
     add("--seed", type=int, default=0, help="seed of weights, data order and noise")
     add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="bf16 autocast where the hardware has it")
@@ -354,6 +356,10 @@ def parse(argv=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from 0 to below 1")
     if args.model not in SIZES:
         parser.error(f"--model {args.model}: choose from {', '.join(SIZES)}")
+    if args.objective == "cfm" and args.z_loss is not None:
+        parser.error("--z-loss: cfm has no logits for it to act on; leave it out")
+    if args.objective != "cfm" and args.z_loss is None:
+        args.z_loss = 1e-5
     return args, run, ckpt
 
 

@@ -27,6 +27,7 @@ import pickletools
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -274,13 +275,14 @@ def read_checkpoint(path):
         if refused:
             raise InputError(f"{path}: its pickle asks for {', '.join(refused)}, which a file of weights has no use for; "
                              "it was not loaded; get the file from its original source")
-        with torch.serialization.safe_globals([(Stub, name) for name in stubs]):
+        inert = [(OrderedDict if name.endswith("Dict") else Stub, name) for name in stubs]  # items only go into a dict
+        with torch.serialization.safe_globals(inert):
             return torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:                             # a damaged file fails in a dozen ways
-        raise InputError(f"{path}: not a readable torch file ({type(error).__name__}: {str(error).splitlines()[0]}); "
-                         "download or copy it again") from None
+        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]    # not torch's advice to run it all the same
+        raise InputError(f"{path}: not a readable torch file ({type(error).__name__}: {reason}); download or copy it again") from None
 
 
 def compvis_name(key, levels):
@@ -291,15 +293,18 @@ def compvis_name(key, levels):
     return re.sub(r"(down|up)\.(\d+)\.res\.", r"\1.\2.block.", key)
 
 
+def first_convs(state, half="encoder.down"):
+    """Name the first convolution of each of the encoder's levels, however few of its tensors are there."""
+    levels = [int(m[1]) for key in state if (m := re.match(rf"{half}\.(\d+)\.", key))]
+    return [f"{half}.{i}.block.0.conv1.weight" for i in range(1 + max(levels, default=0))]
+
+
 def shape_of_network(state, l2_norm):
     """Read the keyword arguments of VQ off its tensors."""
-    widths = []
-    while (key := f"encoder.down.{len(widths)}.block.0.conv1.weight") in state:
-        widths.append(state[key].shape[0])
     ch = state["encoder.conv_in.weight"].shape[0]
-    blocks = sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) is not None for key in state)
     n_embed, embed_dim = state["quantize.embedding.weight"].shape
-    return dict(ch=ch, ch_mult=tuple(w // ch for w in widths), num_res_blocks=blocks,
+    return dict(ch=ch, ch_mult=tuple(state[key].shape[0] // ch for key in first_convs(state)),
+                num_res_blocks=sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) is not None for key in state),
                 z_channels=state["encoder.conv_out.weight"].shape[0], n_embed=n_embed, embed_dim=embed_dim, l2_norm=l2_norm)
 
 
@@ -311,7 +316,7 @@ def load_vq(path):
     the file and the key, where the file is unsafe, damaged, or its tensors are not exactly the network's.
     """
     file = read_checkpoint(path)
-    keys = set(file) if isinstance(file, dict) else set()
+    keys = {key for key in ("config", "state_dict", "model") if isinstance(file, dict) and isinstance(file.get(key), dict)}
     if {"config", "state_dict"} <= keys:
         state, config = dict(file["state_dict"]), file["config"]
     elif "state_dict" in keys:                             # CompVis: the discriminator and its losses are not needed
@@ -323,7 +328,7 @@ def load_vq(path):
     else:
         raise InputError(f"{path}: neither vq-f8 (\"state_dict\"), nor LlamaGen (\"model\"), nor this project's (\"config\"); "
                          "give a tokenizer's file")
-    for key in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"):
+    for key in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight", *first_convs(state)):
         if key not in state:
             raise InputError(f"{path}: tensor {key} is missing; give the file of a VQ tokenizer, whole")
     with torch.device("meta"):
@@ -361,7 +366,7 @@ def open_image(path, size):
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image)[top:top + size, left:left + size]
+    return np.array(image)[top:top + size, left:left + size]
 
 
 @contextlib.contextmanager
@@ -415,7 +420,8 @@ def list_images(root):
     root = Path(root)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; give a folder of images, one sub-folder a class")
-    pictures = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    pictures = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names
+                      if Path(name).suffix.lower() in SUFFIXES)
     if not pictures:
         raise InputError(f"{root}: no images in it; give a folder of png, jpg, jpeg, webp or bmp files")
     flat = [p for p in pictures if p.parent == root]
@@ -440,7 +446,7 @@ class Pictures(torch.utils.data.Dataset):
         row = int(self.rows[i])
         try:
             return row, open_image(self.paths[row], self.size), ""
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # all that Pillow raises
+        except Exception as error:                         # Pillow raises a dozen kinds, struct.error among them
             return row, np.zeros((self.size, self.size, 3), np.uint8), str(error) or type(error).__name__
 
 
@@ -455,6 +461,10 @@ def encode_folder(args, vq, rank, world, device):
     note, done_file, parts = out / "partial.json", out / "done.partial.npy", {k: out / f"{k}.partial.npy" for k in kinds}
     if (out / "meta.json").exists():
         raise InputError(f"--out {out}: already holds a finished data set; give another folder")
+    if args.reference and args.reference.suffix != ".npz":
+        list_images(args.reference)                        # a wrong path is told now, not after hours of encoding
+    elif args.reference and not args.reference.is_file():
+        raise InputError(f"--reference {args.reference}: no such file; give a folder of images, or ADM's .npz")
     if rank == 0 and not note.exists():
         out.mkdir(parents=True, exist_ok=True)
         for path in parts.values():
@@ -479,7 +489,7 @@ def encode_folder(args, vq, rank, world, device):
             rows, good = rows.numpy(), np.array([not e for e in errors])
             for row, error in zip(rows, errors):
                 if error and not args.skip_bad:
-                    raise InputError(f"{paths[row]}: cannot be read ({error}); remove it, or leave it out with --skip-bad")
+                    raise InputError(f"{paths[row]}: cannot be read ({error}); repeat the command with --skip-bad to leave it out")
             x = from_pixels(pixels.to(device, non_blocking=True))
             for kind, images in zip(kinds, (x, x.flip(3))):
                 maps[kind][rows[good]] = vq.encode(images).cpu().numpy()[good]
@@ -495,6 +505,7 @@ def finish_folder(args, task, classes, labels, paths, maps, done, parts):
     """Give the encoded rows their final names, without the skipped ones, meta.json last: it makes the folder a data set."""
     out, good = args.out, np.flatnonzero(done == 1)
     skipped = [str(paths[i]) for i in np.flatnonzero(done == 2)]
+    reference = crop_reference(args) if args.reference else None
     for kind, path in parts.items():
         maps[kind].flush()
         if skipped:                                        # close the gaps
@@ -507,7 +518,7 @@ def finish_folder(args, task, classes, labels, paths, maps, done, parts):
     with replacing(out / "labels.npy") as partial, open(partial, "wb") as f:
         np.save(f, labels[good])
     meta = dict(tokenizer=task["tokenizer"], image_size=args.size, classes=classes, skipped=skipped,
-                reference=crop_reference(args) if args.reference else None, features="inception")
+                reference=reference, features="inception")
     with replacing(out / "meta.json") as partial:
         partial.write_text(json.dumps(meta, indent=1))
     for path in (out / "done.partial.npy", out / "partial.json"):
@@ -536,14 +547,14 @@ def crop_reference(args):
 def reconstruct(args, vq, device):
     """Write original | reconstruction for each picture and print its PSNR in dB."""
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in args.reconstruct:
+    for number, path in enumerate(args.reconstruct):
         row, pixels, error = Pictures([path], [0], args.size)[0]
         if error:
             raise InputError(f"{path}: cannot be read ({error}); give a picture")
         with torch.inference_mode():
             again = to_pixels(vq.decode(vq.encode(from_pixels(pixels[None]).to(device)))).cpu().numpy()[0]
         mse = np.square(pixels.astype(np.float64) - again).mean()
-        target = args.out / f"{Path(path).stem}.reconstruction.png"
+        target = args.out / f"{number:03d}-{Path(path).stem}.png"
         save_image(target, sheet([pixels, again], columns=2))
         print(f"{target}: PSNR {10 * math.log10(255 ** 2 / mse) if mse else math.inf:.2f} dB")
 
@@ -561,6 +572,8 @@ def main():
     parser.add_argument("--num-workers", type=int, default=min(8, os.cpu_count()), help="decoding processes for each GPU")
     parser.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read, and list them")
     args = parser.parse_args()
+    if args.batch_size < 1 or args.num_workers < 0:
+        parser.error("--batch-size is at least 1, --num-workers at least 0")
     if (args.images is None) == (args.reconstruct is None):
         parser.error("give either IMAGES to encode, or --reconstruct IMAGE...")
     if args.images and not args.out:

@@ -20,7 +20,7 @@ from vq import InputError
 def trained(tmp_path, tiny_data, tiny_size, monkeypatch):
     """A folder with a run of a few steps in it, which the test works in."""
     monkeypatch.chdir(tmp_path)
-    train.main(["--data", str(tiny_data), "--name", "a", "--model", tiny_size, "--global-batch-size", "8", "--steps", "6",
+    train.main(["--data", str(tiny_data), "--name", "a", "--model", tiny_size, "--global-batch-size", "8", "--steps", "24",
                 "--lr", "1e-2", "--ema-decay", "0.5", "--precision", "float32"])
     return tmp_path
 
@@ -74,9 +74,36 @@ def test_classes_are_taken_in_turn_by_name_or_number(trained):
 def test_the_sidecar_holds_what_repeats_the_images(trained, tiny_data):
     make("a", "--tau", 0.8, "--cfg-scale", 1.5)
     record = json.loads(Path("a.json").read_text())
-    assert record["data"] == str(tiny_data) and record["step"] == 6 and record["num_samples"] == 6
+    assert record["data"] == str(tiny_data) and record["step"] == 24 and record["num_samples"] == 6
     assert (record["tau"], record["cfg_scale"], record["steps"], record["seed"], record["classes"]) == (0.8, 1.5, 3, 0, [0, 1, 2])
     assert Image.open("a.png").size == (3 * 34, 2 * 34)
+
+
+def test_several_temperatures_make_one_sheet_with_the_same_noise_in_a_column(trained):
+    sample.main(["--out", "a", "--steps", "3", "--num-samples", "4", "--tau", "0.5", "0.9", "--precision", "float32"])
+    page = np.asarray(Image.open("a-temperatures.png"))
+    assert page.shape == (2 * 34, 4 * 34, 3) and not Path("a").exists()
+    for row, tau in enumerate((0.5, 0.9)):
+        assert (page[34 * row + 1:34 * row + 33, 35:67] == make(f"t{tau}", "--tau", tau, n=4)[1]).all()
+
+
+def test_the_film_strip_ends_where_z_and_mu_agree_with_the_sample(trained):
+    sample.main(["--out", "a", "--steps", "4", "--num-samples", "2", "--trajectory", "--tau", "0.9", "--precision", "float32"])
+    page = np.asarray(Image.open("a-trajectory.png"))[14:]  # below the times
+    assert page.shape[1] == 5 * 34                         # t = 0, 1/4, ..., 1
+    tile = lambda row, column: page[34 * row + 1:34 * row + 33, 34 * column + 1:34 * column + 33]  # noqa: E731
+    sample.main(["--out", "b", "--steps", "4", "--num-samples", "2", "--tau", "0.9", "--precision", "float32"])
+    for i in range(2):
+        assert (tile(3 * i, 4) == tile(3 * i + 1, 4)).all()
+        assert (tile(3 * i, 4) == np.asarray(Image.open(f"b/{i:06d}.png"))).all()
+    assert (tile(0, 0) != tile(1, 0)).any()                # noise is not yet what the model believes
+
+
+def test_the_heat_map_runs_from_dark_to_light():
+    colours = sample.heat(np.array([[[0.0, 5.0], [7.5, 10.0]]]), 10, 2)
+    assert colours.shape == (1, 4, 4, 3)
+    grey = colours.sum(-1)[0]
+    assert grey[0, 0] < grey[0, 3] < grey[3, 0] < grey[3, 3]
 
 
 def test_the_npz_holds_the_same_images(trained):
@@ -85,11 +112,12 @@ def test_the_npz_holds_the_same_images(trained):
         assert file["arr_0"].dtype == np.uint8 and (file["arr_0"] == images).all()
 
 
-def test_guidance_is_refused_without_a_null_class(trained, tiny_data, tiny_size):
+def test_guidance_is_refused_without_a_null_class(trained, tiny_data, tiny_size, capsys):
     train.main(["--data", str(tiny_data), "--name", "b", "--model", tiny_size, "--global-batch-size", "8", "--steps", "1",
                 "--label-dropout", "0"])
-    with pytest.raises(InputError, match="--cfg-scale 2.0: .*--label-dropout 0"):
+    with pytest.raises(SystemExit) as error:
         make("b", "--ckpt", "runs/b/ckpt.pt", "--cfg-scale", 2.0)
+    assert error.value.code == 2 and "--label-dropout 0" in capsys.readouterr().err
 
 
 def test_a_wrong_checkpoint_is_refused_by_name(trained, tiny_vq):
@@ -107,6 +135,20 @@ def test_without_a_run_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="run python train.py first"):
         make("a")
+
+
+@pytest.mark.parametrize("objective", ["cfm", "dfm"])
+def test_the_baselines_train_and_sample_and_refuse_what_means_nothing_to_them(trained, tiny_data, tiny_size, objective, capsys):
+    flags = ["--data", str(tiny_data), "--name", objective, "--model", tiny_size, "--global-batch-size", "8", "--steps", "4",
+             "--objective", objective, "--precision", "float32"]
+    train.main(flags)
+    a = make("a", "--ckpt", f"runs/{objective}/ckpt.pt", "--cfg-scale", 1.5)
+    assert (a == make("b", "--ckpt", f"runs/{objective}/ckpt.pt", "--cfg-scale", 1.5, "--per-proc-batch-size", 1)).all()
+    if objective == "cfm":
+        for main in (lambda: make("c", "--ckpt", "runs/cfm/ckpt.pt", "--tau", 0.9), lambda: train.main([*flags, "--z-loss", "1e-5"])):
+            with pytest.raises(SystemExit) as error:
+                main()
+            assert error.value.code == 2 and "leave it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--tau", "--steps", "--num-samples", "--per-proc-batch-size"])

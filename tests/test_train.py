@@ -68,8 +68,8 @@ def torchrun(*command, processes=2, **kwargs):
 def test_the_first_loss_is_ln_K_and_then_falls(run):
     ckpt, log = run("a", "--steps", 30)
     assert abs(log[0]["ce"] - math.log(32)) < 1e-6
-    assert abs(log[0]["z_loss"] - 1e-5 * math.log(32) ** 2) < 1e-8
-    assert log[0]["loss"] == pytest.approx(log[0]["ce"] + log[0]["z_loss"])
+    assert abs(log[0]["z"] - 1e-5 * math.log(32) ** 2) < 1e-8
+    assert log[0]["loss"] == pytest.approx(log[0]["ce"] + log[0]["z"])
     assert np.mean([r["ce"] for r in log[-5:]]) < 0.8 * math.log(32)
     assert [r["step"] for r in log] == list(range(1, 31)) and ckpt["step"] == 30
     assert Path("runs/a/samples/0000030.png").exists()
@@ -102,7 +102,7 @@ def test_resume_alone_takes_the_newest_run_and_its_settings(run):
 def test_micro_batches_add_up_to_the_batch(run):
     a, b = run("a", "--steps", 3), run("b", "--steps", 3, "--accumulate", 4)
     for x, y in zip(a[1], b[1]):
-        for key in ("loss", "ce", "z_loss", "accuracy", "grad_norm"):
+        for key in ("loss", "ce", "z", "accuracy", "grad_norm"):
             assert x[key] == pytest.approx(y[key], rel=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_two_processes_train_as_one(tmp_path, tiny_data):
         logs.append([json.loads(line) for line in (tmp_path / f"runs/p{processes}/log.jsonl").read_text().splitlines()])
     assert len(logs[0]) == len(logs[1]) == 8
     for one, two in zip(*logs):
-        for key in ("loss", "ce", "z_loss", "grad_norm"):
+        for key in ("loss", "ce", "z", "grad_norm"):
             assert one[key] == pytest.approx(two[key], rel=1e-4), one["step"]
 
 
