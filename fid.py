@@ -362,7 +362,7 @@ def measure_once(path, images, net, args):
     They depend on the images and this program alone, whose hash tells whether they still hold.
     """
     kept = path.with_name(path.stem + ".untrained-stats.npz")
-    source = hashlib.sha256(Path(__file__).read_bytes() + path.read_bytes()).hexdigest()
+    source = hashlib.sha256(Path(__file__).read_bytes() + path.read_bytes() + b"%d" % len(images)).hexdigest()
     if kept.exists() and str(read(kept, "source").get("source")) == source:
         return open_set(kept, "untrained")
     stats = measure(images, net, args)
@@ -422,6 +422,8 @@ def compare(args):
     if features == "untrained" and args.weights:
         raise InputError("--weights has no part in untrained features: leave it out, or say --features inception")
     samples, references = open_set(args.samples, features), open_set(reference, features)
+    if args.ref is None and isinstance(references, np.ndarray):
+        references = references[:meta.get("reference_count")]    # the demo takes fewer than it has: a laptop is slow
     if not isinstance(samples, tuple) and len(samples) < sidecar.get("num_samples", 0):
         raise InputError(f"{args.samples} holds {len(samples)} of the {sidecar['num_samples']} images {sidecar_path} "
                          "announces: run the sample.py command again to finish them")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from flow import seeded
 from train import build, half_precision, newest_run, open_data, open_tokenizer, read_json
-from vq import InputError, join_processes, read_checkpoint, replacing, save_image, sheet, to_pixels
+from vq import InputError, join_processes, read_checkpoint, replacing, save_image, sheet, to_pixels, wait
 
 SHOWN = 100    # images on the contact sheet
 
@@ -97,16 +97,14 @@ def write_npz(out, count):
 def fill_folder(draw, args, rank, world, columns):
     """Make the images that are missing in args.out, processes taking turns; then the contact sheet and the npz."""
     todo = [i for i in range(args.num_samples) if not (args.out / f"{i:06d}.png").exists()][rank::world]
-    if world > 1:
-        dist.barrier()                                     # every process must have looked before one writes
+    wait(world)                                            # every process must have looked before one writes
     with tqdm(total=len(todo), unit=" images", desc="sample", disable=rank > 0) as bar:
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
             for i, pixels in zip(batch, draw(batch)):
                 save_image(args.out / f"{i:06d}.png", pixels)
             bar.update(len(batch))
-    if world > 1:
-        dist.barrier()
+    wait(world)
     if rank == 0:
         shown = [np.asarray(Image.open(args.out / f"{i:06d}.png")) for i in range(min(args.num_samples, SHOWN))]
         save_image(beside(args.out, ".png"), sheet(np.stack(shown), columns))
@@ -243,8 +241,7 @@ def main(argv=None):
             ckpt=str(Path(ckpt).resolve()), step=step, started=settings["started"], data=str(data.path), tau=taus[0],
             cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, precision=args.precision,
             num_samples=args.num_samples))
-    if world > 1:
-        dist.barrier()
+    wait(world)
     fill_folder(draw, args, rank, world, min(10, len(classes)))
     if world > 1:
         dist.destroy_process_group()

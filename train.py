@@ -71,6 +71,8 @@ def open_data(path):
     path = Path(path).resolve()
     if not path.is_dir():
         raise InputError(f"--data {path}: no such folder; give one that vq.py wrote")
+    if (path / "partial.json").exists():
+        raise InputError(f"--data {path}: its encoding is not finished; repeat the vq.py command")
     for name in ("meta.json", "codes.npy", "labels.npy"):
         if not (path / name).exists():
             if any(p.suffix.lower() in SUFFIXES for p in path.rglob("*")):

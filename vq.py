@@ -415,6 +415,12 @@ def join_processes():
     return rank, world, device
 
 
+def wait(world):
+    """Wait for all processes, where there is more than one."""
+    if world > 1:
+        torch.distributed.barrier()
+
+
 def list_images(root):
     """List an ImageFolder tree: sorted paths, their labels, class names (sub-folders; a flat folder is one class)."""
     root = Path(root)
@@ -450,42 +456,52 @@ class Pictures(torch.utils.data.Dataset):
             return row, np.zeros((self.size, self.size, 3), np.uint8), str(error) or type(error).__name__
 
 
-def encode_folder(args, vq, rank, world, device):
-    """Encode args.images into args.out, rows split over processes; an interrupted run goes on where it stopped."""
-    paths, labels, classes = list_images(args.images)
-    out, side = args.out, args.size // vq.factor
-    names = "\n".join(str(p.relative_to(args.images)) for p in paths)
-    task = dict(tokenizer=str(args.vq.resolve()), image_size=args.size, flip=args.flip, images=len(paths),
-                tokenizer_bytes=args.vq.stat().st_size, files=hashlib.sha256(names.encode()).hexdigest())
-    kinds = ["codes", "codes_flip"][:1 + args.flip]
-    note, done_file, parts = out / "partial.json", out / "done.partial.npy", {k: out / f"{k}.partial.npy" for k in kinds}
+def load_pictures(paths, rows, args):
+    """Decode rows of paths in args.num_workers processes: batches of rows, uint8 [B,size,size,3], and errors."""
+    return torch.utils.data.DataLoader(Pictures(paths, rows, args.size), args.batch_size, num_workers=args.num_workers,
+                                       pin_memory=torch.cuda.is_available())
+
+
+def claim_folder(out, task, shapes):
+    """Make the arrays `shapes` in the data directory out and note the task; or find it begun, with the same task."""
+    note = out / "partial.json"
     if (out / "meta.json").exists():
         raise InputError(f"--out {out}: already holds a finished data set; give another folder")
+    if not note.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        for name, (dtype, *shape) in shapes.items():
+            np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, tuple(shape))
+        with replacing(note) as partial:
+            partial.write_text(json.dumps(task, indent=1))
+    elif json.loads(note.read_text()) != task:
+        raise InputError(f"--out {out}: holds a part of another encoding ({note.name} differs in images, tokenizer or flags); "
+                         "repeat that command, or give another folder")
+
+
+def encode_folder(args, vq, rank, world, device):
+    """Encode args.images into args.out, rows split over processes; an interrupted run goes on where it stopped.
+
+    Every row has its own place in codes.npy, and done.npy tells which are filled. meta.json, written last, makes the folder
+    a data directory.
+    """
+    paths, labels, classes = list_images(args.images)
     if args.reference and args.reference.suffix != ".npz":
         list_images(args.reference)                        # a wrong path is told now, not after hours of encoding
     elif args.reference and not args.reference.is_file():
         raise InputError(f"--reference {args.reference}: no such file; give a folder of images, or ADM's .npz")
-    if rank == 0 and not note.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        for path in parts.values():
-            np.lib.format.open_memmap(path, "w+", np.uint16, (len(paths), side, side))
-        np.lib.format.open_memmap(done_file, "w+", np.uint8, (len(paths),))
-        with replacing(note) as partial:
-            partial.write_text(json.dumps(task, indent=1))
-    if world > 1:
-        torch.distributed.barrier()
-    if json.loads(note.read_text()) != task:
-        raise InputError(f"--out {out}: holds a part of another encoding ({note.name} differs in images, tokenizer or flags); "
-                         "repeat that command, or give another folder")
+    kinds, N, side = ["codes", "codes_flip"][:1 + args.flip], len(paths), args.size // vq.factor
+    names = "\n".join(str(p.relative_to(args.images)) for p in paths)
+    task = dict(tokenizer=str(args.vq.resolve()), tokenizer_bytes=args.vq.stat().st_size, image_size=args.size, flip=args.flip,
+                files=hashlib.sha256(names.encode()).hexdigest())
+    if rank == 0:
+        claim_folder(args.out, task, {kind: (np.uint16, N, side, side) for kind in kinds} | {"done": (np.uint8, N)})
+    wait(world)
+    maps = {kind: np.load(args.out / f"{kind}.npy", mmap_mode="r+") for kind in [*kinds, "done"]}
+    rows = np.flatnonzero(maps["done"] == 0)
+    wait(world)                                            # every process must have read `done` before one writes it
 
-    maps, done = {k: np.load(path, mmap_mode="r+") for k, path in parts.items()}, np.load(done_file, mmap_mode="r+")
-    rows = np.flatnonzero(done == 0)
-    if world > 1:
-        torch.distributed.barrier()                        # every process must have read `done` before one writes it
-    loader = torch.utils.data.DataLoader(Pictures(paths, rows[rank::world], args.size), args.batch_size,
-                                         num_workers=args.num_workers, pin_memory=device.type == "cuda")
     with tqdm(total=len(rows), unit=" images", desc="encode", disable=rank > 0, smoothing=0.05) as bar, torch.inference_mode():
-        for rows, pixels, errors in loader:
+        for rows, pixels, errors in load_pictures(paths, rows[rank::world], args):
             rows, good = rows.numpy(), np.array([not e for e in errors])
             for row, error in zip(rows, errors):
                 if error and not args.skip_bad:
@@ -493,39 +509,36 @@ def encode_folder(args, vq, rank, world, device):
             x = from_pixels(pixels.to(device, non_blocking=True))
             for kind, images in zip(kinds, (x, x.flip(3))):
                 maps[kind][rows[good]] = vq.encode(images).cpu().numpy()[good]
-            done[rows] = np.where(good, 1, 2)              # after the codes: a row that counts as done is done
+            maps["done"][rows] = np.where(good, 1, 2)      # after the codes: a row that counts as done is done
             bar.update(min(len(rows) * world, bar.total - bar.n))
-    if world > 1:
-        torch.distributed.barrier()
+    wait(world)
     if rank == 0:
-        finish_folder(args, task, classes, labels, paths, maps, done, parts)
+        reference = crop_reference(args) if args.reference else None
+        finish_folder(args.out, maps, labels, [str(p) for p in paths], dict(
+            tokenizer=task["tokenizer"], image_size=args.size, classes=classes, reference=reference, features="inception"))
 
 
-def finish_folder(args, task, classes, labels, paths, maps, done, parts):
-    """Give the encoded rows their final names, without the skipped ones, meta.json last: it makes the folder a data set."""
-    out, good = args.out, np.flatnonzero(done == 1)
-    skipped = [str(paths[i]) for i in np.flatnonzero(done == 2)]
-    reference = crop_reference(args) if args.reference else None
-    for kind, path in parts.items():
-        maps[kind].flush()
-        if skipped:                                        # close the gaps
-            with replacing(path) as partial:
-                whole = np.lib.format.open_memmap(partial, "w+", np.uint16, (len(good), *maps[kind].shape[1:]))
+def finish_folder(out, maps, labels, paths, meta):
+    """Take the rows of files that could not be read out again, and write labels.npy and, last, meta.json."""
+    done = np.array(maps.pop("done"))
+    good, skipped = np.flatnonzero(done == 1), [paths[i] for i in np.flatnonzero(done == 2)]
+    for kind, codes in maps.items():
+        codes.flush()
+        if skipped:
+            with replacing(out / f"{kind}.npy") as partial:
+                whole = np.lib.format.open_memmap(partial, "w+", np.uint16, (len(good), *codes.shape[1:]))
                 for i in range(0, len(good), 10000):
-                    whole[i:i + 10000] = maps[kind][good[i:i + 10000]]
+                    whole[i:i + 10000] = codes[good[i:i + 10000]]
                 whole.flush()
-        os.replace(path, out / f"{kind}.npy")
     with replacing(out / "labels.npy") as partial, open(partial, "wb") as f:
         np.save(f, labels[good])
-    meta = dict(tokenizer=task["tokenizer"], image_size=args.size, classes=classes, skipped=skipped,
-                reference=reference, features="inception")
     with replacing(out / "meta.json") as partial:
-        partial.write_text(json.dumps(meta, indent=1))
-    for path in (out / "done.partial.npy", out / "partial.json"):
-        path.unlink()
+        partial.write_text(json.dumps(dict(meta, skipped=skipped), indent=1))
+    for name in ("done.npy", "partial.json"):
+        (out / name).unlink()
     for path in skipped:
         print(f"skipped {path}: cannot be read")
-    print(f"{len(good)} images of {len(classes)} classes in {out}; next: python train.py --data {out}")
+    print(f"{len(good)} images of {len(meta['classes'])} classes in {out}; next: python train.py --data {out}")
 
 
 def crop_reference(args):
@@ -534,9 +547,7 @@ def crop_reference(args):
         return str(args.reference.resolve())
     paths, _, _ = list_images(args.reference)
     (args.out / "reference").mkdir(exist_ok=True)
-    loader = torch.utils.data.DataLoader(Pictures(paths, range(len(paths)), args.size), args.batch_size,
-                                         num_workers=args.num_workers)
-    for rows, pixels, errors in tqdm(loader, desc="crop the reference", unit=" batches"):
+    for rows, pixels, errors in tqdm(load_pictures(paths, range(len(paths)), args), desc="crop the reference", unit=" batches"):
         for row, picture, error in zip(rows.tolist(), pixels, errors):
             if error:
                 raise InputError(f"{paths[row]}: cannot be read ({error}); remove it")

@@ -154,7 +154,8 @@ def main():
           f"{len(np.unique(codes))} of {CONFIG['n_embed']} codes in use")
 
     state = {name: tensor.half().cpu() for name, tensor in vq.state_dict().items()}
-    meta = dict(tokenizer="tokenizer.pt", image_size=64, classes=list(COATS), reference="reference.npz", features="untrained")
+    meta = dict(tokenizer="tokenizer.pt", image_size=64, classes=list(COATS), reference="reference.npz", reference_count=500,
+                features="untrained")
     files = {"tokenizer.pt": lambda f: torch.save({"config": CONFIG, "state_dict": state}, f),
              "codes.npy": lambda f: np.save(f, codes),
              "labels.npy": lambda f: np.save(f, labels.numpy()),
