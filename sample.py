@@ -163,7 +163,8 @@ def parse(argv):
     add = parser.add_argument
     add("--ckpt", type=Path, help="checkpoint; default: the newest run's ckpt.pt")
     add("--data", help="data directory, where it has moved since training")
-    add("--tau", type=float, nargs="+", help="temperature of the posterior, by default 0.9 (dfm: 1); several: one sheet, a row each")
+    add("--tau", type=float, nargs="+",
+        help="temperature of the posterior, by default 0.9 (dfm: 1); several: one sheet, a row each")
     add("--cfg-scale", type=float, default=1.0, help="guidance; 1: off")
     add("--steps", type=int, default=100, help="Euler steps, one network call each")
     add("--num-samples", type=int, default=256, help="images to make")

@@ -125,7 +125,8 @@ def build(args, meta, codebook, side):
     """Build the method and its network as args say, for this data: grid side, codebook [K,d] and number of classes."""
     method, size = OBJECTIVES[args["objective"]], SIZES[args["model"]]
     inputs = size["hidden_size"] if args["objective"] == "dfm" else codebook.shape[1]  # dfm embeds its codes
-    model = DiT(input_size=side, in_channels=inputs, out_channels=method.outputs(codebook), num_classes=len(meta["classes"]), **size)
+    model = DiT(input_size=side, in_channels=inputs, out_channels=method.outputs(codebook),
+                num_classes=len(meta["classes"]), **size)
     knobs = {} if args["objective"] == "cfm" else {"z_loss": args["z_loss"]}
     return method(model, codebook, label_dropout=args["label_dropout"], **knobs)
 
@@ -163,7 +164,8 @@ def new_run(name, rank, world):
         choice = [name or f"{max(numbers, default=0) + 1:03d}"]
         folder = Path("runs") / choice[0]
         if folder.exists() and any(folder.iterdir()):
-            choice = [None, f"--name {name}: {folder} already holds a run; add --resume to go on with it, or choose another name"]
+            choice = [None, f"--name {name}: {folder} already holds a run; add --resume to go on with it, or choose "
+                            "another name"]
         else:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
     if world > 1:
@@ -202,6 +204,7 @@ class Log:
         self.file = open(path, "a", buffering=1)
 
     def write(self, **record):
+        """Append a line."""
         self.file.write(json.dumps(record) + "\n")
 
 
@@ -253,15 +256,16 @@ def train(args, data, vq, ckpt, run, rank, world, device):
                 with autocast():
                     loss, parts = ddp(codes[i:i + b], y[i:i + b], noise=[x[i:i + b] for x in noise])
                 (loss * b / len(rows)).backward()
-            stats = stats + torch.stack([loss.detach(), *parts.values(), torch.full_like(loss, bool(stop))]).float() * b / len(rows)
+            means = torch.stack([loss.detach(), *parts.values(), torch.full_like(loss, bool(stop))]).float()
+            stats = stats + means * b / len(rows)
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args["grad_clip"])
         *means, stopping = stats.tolist()
         if not math.isfinite(means[0]) or not math.isfinite(grad_norm):
-            raise InputError(f"step {step + 1}: the loss is {means[0]} and the gradient norm {grad_norm:.3g}; training stopped, the "
-                             f"last good checkpoint stays in {run}; resume with a smaller --lr")
+            raise InputError(f"step {step + 1}: the loss is {means[0]} and the gradient norm {grad_norm:.3g}; training "
+                             f"stopped, the last good checkpoint stays in {run}; resume with a smaller --lr")
         lr = args["lr"] * min(1, (step + 1) / max(1, args["warmup"]))
         for group in opt.param_groups:
             group["lr"] = lr
@@ -291,8 +295,9 @@ def train(args, data, vq, ckpt, run, rank, world, device):
             break
     bar.close()
     if rank == 0:
-        print(f"{run}/ckpt.pt: {done} of {args['steps']} steps; " + (
-            f"stopped by a signal, go on with --name {run.name} --resume" if done < args["steps"] else "next: python sample.py"))
+        stopped = f"stopped by a signal, go on with --name {run.name} --resume"
+        print(f"{run}/ckpt.pt: {done} of {args['steps']} steps; "
+              f"{'next: python sample.py' if done == args['steps'] else stopped}")
 
 
 def paint(flow, vq, args, path, device):
@@ -301,7 +306,8 @@ def paint(flow, vq, args, path, device):
     y = torch.arange(columns, device=device).repeat(5)
     noise = flow.start(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))
     with torch.inference_mode():
-        codes = flow.sample(y, steps=50, cfg=args["sample_cfg"], noise=noise)
+        cfg = args["sample_cfg"] if args["label_dropout"] else 1.0       # without dropout "no class" was never trained
+        codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
         save_image(path, sheet(to_pixels(vq.decode(codes)).cpu(), columns))
 
 
@@ -324,7 +330,8 @@ def parse(argv=None):
     add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
-    add("--ema-ramp", action=argparse.BooleanOptionalAction, default=False, help="average over a tenth of the steps at first")
+    add("--ema-ramp", action=argparse.BooleanOptionalAction, default=False,
+        help="start with a short average: decay at most (1 + step) / (10 + step)")
     add("--z-loss", type=float, help="weight of the z-loss; default: 1e-5, and none for cfm")
     add("--label-dropout", type=float, default=0.1, help="share of labels dropped, which guidance needs")
     add("--seed", type=int, default=0, help="seed of weights, data order and noise")
@@ -369,8 +376,8 @@ def main(argv=None):
     args, run, ckpt = parse(argv)
     rank, world, device = join_processes()
     if args.global_batch_size % (world * args.accumulate):
-        raise InputError(f"--global-batch-size {args.global_batch_size}: not a multiple of {world} processes times --accumulate "
-                         f"{args.accumulate}; change one of them")
+        raise InputError(f"--global-batch-size {args.global_batch_size}: not a multiple of {world} processes times "
+                         f"--accumulate {args.accumulate}; change one of them")
     if ckpt and ckpt["step"] >= args.steps:
         raise InputError(f"--steps {args.steps}: {run} has done {ckpt['step']} already; give a larger number")
     settings = {k: v for k, v in vars(args).items() if k not in ("name", "resume")}

@@ -281,8 +281,9 @@ def read_checkpoint(path):
     except InputError:
         raise
     except Exception as error:                             # a damaged file fails in a dozen ways
-        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]    # not torch's advice to run it all the same
-        raise InputError(f"{path}: not a readable torch file ({type(error).__name__}: {reason}); download or copy it again") from None
+        reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]  # not torch's advice to run it anyway
+        raise InputError(f"{path}: not a readable torch file ({type(error).__name__}: {reason}); "
+                         "download or copy it again") from None
 
 
 def compvis_name(key, levels):
@@ -304,7 +305,7 @@ def shape_of_network(state, l2_norm):
     ch = state["encoder.conv_in.weight"].shape[0]
     n_embed, embed_dim = state["quantize.embedding.weight"].shape
     return dict(ch=ch, ch_mult=tuple(state[key].shape[0] // ch for key in first_convs(state)),
-                num_res_blocks=sum(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key) is not None for key in state),
+                num_res_blocks=sum(bool(re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv1\.weight", key)) for key in state),
                 z_channels=state["encoder.conv_out.weight"].shape[0], n_embed=n_embed, embed_dim=embed_dim, l2_norm=l2_norm)
 
 
@@ -505,7 +506,8 @@ def encode_folder(args, vq, rank, world, device):
             rows, good = rows.numpy(), np.array([not e for e in errors])
             for row, error in zip(rows, errors):
                 if error and not args.skip_bad:
-                    raise InputError(f"{paths[row]}: cannot be read ({error}); repeat the command with --skip-bad to leave it out")
+                    raise InputError(f"{paths[row]}: cannot be read ({error}); repeat the command with --skip-bad to "
+                                     "leave it out")
             x = from_pixels(pixels.to(device, non_blocking=True))
             for kind, images in zip(kinds, (x, x.flip(3))):
                 maps[kind][rows[good]] = vq.encode(images).cpu().numpy()[good]
