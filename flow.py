@@ -243,13 +243,17 @@ class Purrception(nn.Module):
             z = z + self.velocity(z, t, y, tau, cfg) / steps
         return self.nearest(z)
 
+    @torch.no_grad()
     def nearest(self, z):
         """Return argmin_k |z - e_k|^2 for z [B,d,h,w]: codes [B,h,w], in chunks (|z|^2 is the same for all k)."""
-        e2, rows = self.codebook.square().sum(1), z.movedim(1, -1)       # [K], [B,h,w,d]
+        E, rows = self.codebook, z.movedim(1, -1).flatten(0, 2)          # [K,d], [Bhw,d]
+        e2, step = E.square().sum(1), max(1, CHUNK // len(E))
+        codes, scores = rows.new_empty(len(rows), dtype=torch.long), E.new_empty(min(step, len(rows)), len(E))
         with torch.autocast(z.device.type, enabled=False):               # float32 island
-            codes = [torch.addmm(e2, chunk, self.codebook.T, alpha=-2).argmin(1)
-                     for chunk in rows.flatten(0, 2).split(max(1, CHUNK // len(e2)))]
-        return torch.cat(codes).view(rows.shape[:3])
+            for i in range(0, len(rows), step):
+                some = rows[i:i + step]
+                codes[i:i + step] = torch.addmm(e2, some, E.T, alpha=-2, out=scores[:len(some)]).argmin(1)
+        return codes.view(len(z), *z.shape[2:])
 
 
 # ------------------------------------------------------------------------------- the baselines

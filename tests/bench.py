@@ -14,7 +14,9 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -117,11 +119,13 @@ def inception(ours, fidelity=None):
     if ours:
         net = fid.untrained_inception()
     elif fidelity:
-        sys.path.insert(0, fidelity)
+        package = types.ModuleType("torch_fidelity")       # without its __init__, which wants torchvision
+        package.__path__ = [str(Path(fidelity) / "torch_fidelity")]
+        sys.modules["torch_fidelity"] = package
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        weights = Path("/tmp") / "bench-inception.pth"
-        torch.save(fid.InceptionV3().state_dict(), weights)
-        extractor = FeatureExtractorInceptionV3("bench", ["2048"], feature_extractor_weights_path=str(weights))
+        with tempfile.NamedTemporaryFile(suffix=".pth") as weights:
+            torch.save(fid.InceptionV3().state_dict(), weights.name)
+            extractor = FeatureExtractorInceptionV3("bench", ["2048"], feature_extractor_weights_path=weights.name)
         net = lambda x: extractor(x)[0]  # noqa: E731
     else:
         net = fid.InceptionV3().eval()                     # batch norms of their own, channels first
