@@ -24,7 +24,8 @@ SIZES = {f"DiT-{name}/{p}": dict(width, patch_size=p) for name, width in _WIDTHS
 SIZES["DiT-demo/2"] = dict(depth=6, hidden_size=192, num_heads=3, patch_size=2)
 
 
-def modulate(x, shift, scale):                             # x [B,N,D], shift and scale [B,1,D]
+def modulate(x, shift, scale):
+    """Scale and shift x [B,N,D] by the condition's shift and scale [B,1,D]."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
@@ -77,6 +78,8 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    """Attend from every token to all, with num_heads heads."""
+
     def __init__(self, width, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -88,6 +91,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between."""
+
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
@@ -97,6 +102,7 @@ class Mlp(nn.Module):
 
 
 def adaln(width, parts):
+    """Make the layer that turns a condition [B,D] into `parts` shifts, scales and gates [B,parts*D]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 

@@ -12,19 +12,17 @@ samples.json, all that is needed to repeat it, and samples.png, a contact sheet.
 """
 import argparse
 import json
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from flow import seeded
 from train import build, half_precision, newest_run, open_data, open_tokenizer, read_json
-from vq import InputError, join_processes, read_checkpoint, replacing, save_image, sheet, to_pixels, wait
+from vq import InputError, decode_pixels, join_processes, read_checkpoint, replacing, run_script, save_image, sheet, wait
 
 SHOWN = 100    # images on the contact sheet
 
@@ -139,7 +137,7 @@ def film_strip(flow, vq, y, noise, steps, tau, cfg, columns=9):
     bits. In the last column z has landed on mu, and the entropy is that of the last step's posterior.
     """
     shown, top = sorted({round(s) for s in np.linspace(0, steps, columns)}), np.log2(len(flow.codebook))
-    look = lambda z: to_pixels(vq.decode(flow.nearest(z))).cpu().numpy()  # noqa: E731
+    look = lambda z: decode_pixels(vq, flow.nearest(z)).numpy()  # noqa: E731
     z, frames = noise, []
     for s in range(steps + 1):
         if s < steps:                                      # at s = T there is no step left to take
@@ -158,6 +156,7 @@ def film_strip(flow, vq, y, noise, steps, tau, cfg, columns=9):
 # ------------------------------------------------------------------------------------------------ command line
 
 def parse(argv):
+    """Read the flags: the parser and what it read."""
     parser = argparse.ArgumentParser(description="Sample images from a checkpoint.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -200,6 +199,7 @@ def check_knobs(parser, args, ckpt, settings):
 
 
 def main(argv=None):
+    """Read the flags and make the images, or a picture of how they come about."""
     parser, args = parse(argv)
     rank, world, device = join_processes()
     if args.precision == "auto":
@@ -219,8 +219,7 @@ def main(argv=None):
         y, noise = begin(indices)
         with autocast():
             codes = flow.sample(y, args.steps, cfg=args.cfg_scale, noise=noise, **({} if tau is None else {"tau": tau}))
-        # decoded one by one: in a batch, convolutions round differently with its size
-        return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
+        return decode_pixels(vq, codes)
 
     if args.trajectory or len(taus) > 1:
         if rank > 0:
@@ -244,12 +243,7 @@ def main(argv=None):
             num_samples=args.num_samples))
     wait(world)
     fill_folder(draw, args, rank, world, min(10, len(classes)))
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"sample.py: {error}")
+    run_script(main)

@@ -19,7 +19,6 @@ import copy
 import functools
 import json
 import math
-import os
 import resource
 import signal
 import sys
@@ -34,7 +33,8 @@ from tqdm import tqdm
 
 from flow import OBJECTIVES, seeded
 from model import SIZES, DiT
-from vq import SUFFIXES, InputError, join_processes, load_vq, read_checkpoint, replacing, save_image, sheet, to_pixels
+from vq import (SUFFIXES, InputError, decode_pixels, join_processes, load_vq, read_checkpoint, replacing, run_script,
+                save_image, sheet)
 
 HERE = Path(__file__).resolve().parent
 
@@ -287,7 +287,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
             save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
         if rank == 0 and args["keep_every"] and done % args["keep_every"] == 0:
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
-        if rank == 0 and (done % args["sample_every"] == 0 or final):
+        if rank == 0 and (done % args["sample_every"] == 0 or done == args["steps"]):
             with autocast():
                 paint(average, vq, args, run / "samples" / f"{done:07d}.png", device)
             clock, seen = time.perf_counter(), 0
@@ -301,14 +301,14 @@ def train(args, data, vq, ckpt, run, rank, world, device):
 
 
 def paint(flow, vq, args, path, device):
-    """Save a picture of EMA samples, one row for each of five draws of one fixed noise, up to ten classes across."""
+    """Save a picture of EMA samples from one fixed noise: up to ten classes across, three samples of each."""
     columns = min(10, flow.model.num_classes)
-    y = torch.arange(columns, device=device).repeat(5)
+    y = torch.arange(columns, device=device).repeat(3)
     noise = flow.start(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))
     with torch.inference_mode():
         cfg = args["sample_cfg"] if args["label_dropout"] else 1.0       # without dropout "no class" was never trained
         codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
-        save_image(path, sheet(to_pixels(vq.decode(codes)).cpu(), columns))
+        save_image(path, sheet(decode_pixels(vq, codes), columns))
 
 
 # ------------------------------------------------------------------------------------------------ command line
@@ -373,6 +373,7 @@ def parse(argv=None):
 
 
 def main(argv=None):
+    """Read the flags, open or make the run, and train."""
     args, run, ckpt = parse(argv)
     rank, world, device = join_processes()
     if args.global_batch_size % (world * args.accumulate):
@@ -389,12 +390,7 @@ def main(argv=None):
         raise InputError(f"{data.path}/codes.npy: holds code {data.codes.max()}, and {data.meta['tokenizer']} has only "
                          f"{len(vq.codebook)}; encode the images again")
     train(settings, data, vq, ckpt, run or new_run(args.name, rank, world), rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"train.py: {error}")
+    run_script(main)

@@ -45,10 +45,13 @@ class InputError(ValueError):
 # ---------------------------------------------------------------------------------------------- the network
 
 def norm(channels):
+    """Make a group norm."""
     return nn.GroupNorm(1, channels, eps=1e-6)            # VQ sets the number of groups
 
 
 class ResBlock(nn.Module):
+    """Add to x two rounds of norm, swish and convolution: [B,c_in,h,w] to [B,c_out,h,w]."""
+
     def __init__(self, c_in, c_out):
         super().__init__()
         self.norm1 = norm(c_in)
@@ -80,6 +83,8 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
+    """Halve height and width by a convolution of stride two."""
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
@@ -89,6 +94,8 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Double height and width: repeat every pixel, then convolve."""
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
@@ -119,6 +126,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """Two residual blocks around an attention, at the coarsest resolution."""
+
     def __init__(self, c):
         super().__init__()
         self.block_1, self.attn_1, self.block_2 = ResBlock(c, c), Attention(c), ResBlock(c, c)
@@ -128,6 +137,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Map images [B,3,H,W] to features [B,z_channels,h,w]."""
+
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
@@ -147,6 +158,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Map features [B,z_channels,h,w] to images [B,3,H,W]."""
+
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
         widths, last = [ch * m for m in ch_mult], len(ch_mult) - 1
@@ -360,6 +373,14 @@ def to_pixels(x):
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
 
 
+def decode_pixels(vq, codes):
+    """Decode codes [B,h,w] to pictures uint8 [B,H,W,3] on the CPU, one by one.
+
+    A batch of 256x256 pictures takes a gigabyte and more for each, and convolutions round differently with its size.
+    """
+    return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
+
+
 def open_image(path, size):
     """Read a picture as uint8 [size,size,3]: upright by its EXIF tag, RGB, ADM's centre crop.
 
@@ -425,6 +446,17 @@ def wait(world):
     """Wait for all processes, where there is more than one."""
     if world > 1:
         torch.distributed.barrier()
+
+
+def run_script(main):
+    """Run a script's main(): an InputError ends it with its one sentence and exit code 1, not with a traceback."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def list_images(root):
@@ -578,6 +610,7 @@ def reconstruct(args, vq, device):
 
 
 def main():
+    """Read the flags and encode, or reconstruct."""
     parser = argparse.ArgumentParser(description="Encode a folder of images into codes, or look at reconstructions.")
     parser.add_argument("images", nargs="?", type=Path, help="ImageFolder tree to encode: a sub-folder a class")
     parser.add_argument("--vq", type=Path, required=True, help="tokenizer: vq-f8, LlamaGen's vq_ds8_c2i, or this project's")
@@ -608,7 +641,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"vq.py: {error}")
+    run_script(main)
