@@ -162,8 +162,12 @@ class Purrception(nn.Module):
 
     def path(self, z0, codes, t):
         """Go from noise z0 to the codes [B,h,w], as far as t [B] says: z_t = t z1 + (1 - t) z0, [B,d,h,w]."""
-        z1, t = F.embedding(codes, self.codebook).movedim(-1, 1), t.view(-1, 1, 1, 1)
-        return t * z1 + (1 - t) * z0
+        t = t.view(-1, 1, 1, 1)
+        return t * self.embed(codes) + (1 - t) * z0
+
+    def embed(self, codes):
+        """Look up z1 = e_c: codes [B,h,w] to [B,d,h,w]."""
+        return F.embedding(codes, self.codebook).movedim(-1, 1)
 
     def forward(self, codes, y, generator=None, noise=None):
         """Compute the training loss of codes [B,h,w] and classes y [B]: a scalar, and its parts as loss() names them.
@@ -237,11 +241,15 @@ class Purrception(nn.Module):
 
         The authors' release takes steps - 1 steps and divides by 1 - t + 1e-6; here the last step lands on mu exactly.
         """
+        return self.nearest(self.follow(y, steps, noise, tau=tau, cfg=cfg))
+
+    def follow(self, y, steps, noise=None, **knobs):
+        """Follow the velocity from noise (start()'s where there is none) by `steps` Euler steps: z at t = 1."""
         z = self.start(len(y), *[self.model.input_size] * 2) if noise is None else noise
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
-            z = z + self.velocity(z, t, y, tau, cfg) / steps
-        return self.nearest(z)
+            z = z + self.velocity(z, t, y, **knobs) / steps
+        return z
 
     @torch.no_grad()
     def nearest(self, z):
@@ -274,8 +282,7 @@ class CFM(Purrception):
 
     def loss(self, z, t, y, codes):
         """Compute the mean of (v - (z1 - z0))^2 at the point z [B,d,h,w] of the path: scalar, {"mse"}."""
-        z1 = F.embedding(codes, self.codebook).movedim(-1, 1)
-        straight = (z1 - z) / (1 - t.view(-1, 1, 1, 1))                  # z1 - z0
+        straight = (self.embed(codes) - z) / (1 - t.view(-1, 1, 1, 1))                  # z1 - z0
         mse = F.mse_loss(self.velocity(z, t, y), straight)
         return mse, {"mse": mse.detach()}
 
@@ -292,11 +299,7 @@ class CFM(Purrception):
     @torch.no_grad()
     def sample(self, y, steps=100, cfg=1.0, noise=None):
         """Sample codes [B,h,w] by Euler steps from noise [B,d,h,w]; the end is on no code, so the nearest is taken."""
-        z = self.start(len(y), *[self.model.input_size] * 2) if noise is None else noise
-        for s in range(steps):
-            t = torch.full((len(y),), s / steps, device=z.device)
-            z = z + self.velocity(z, t, y, cfg) / steps
-        return self.nearest(z)
+        return self.nearest(self.follow(y, steps, noise, cfg=cfg))
 
 
 class DFM(Purrception):

@@ -11,7 +11,6 @@ in turn. So one process or eight make the same images, and an interrupted run go
 samples.json, all that is needed to repeat it, and samples.png, a contact sheet. python fid.py samples/ scores it.
 """
 import argparse
-import json
 import zipfile
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from flow import seeded
-from train import build, half_precision, newest_run, open_data, open_tokenizer, read_json
-from vq import InputError, decode_pixels, join_processes, read_checkpoint, replacing, run_script, save_image, sheet, wait
+from train import build, half_precision, newest_run, open_data, open_tokenizer
+from vq import (InputError, decode_pixels, join_processes, read_checkpoint, read_json, replacing, run_script, save_image,
+                save_json, sheet, wait)
 
 SHOWN = 100    # images on the contact sheet
 
@@ -77,8 +77,7 @@ def claim_folder(out, record):
     elif out.exists() and any(out.iterdir()):
         raise InputError(f"--out {out}: is not empty and has no {sidecar.name} beside it; give another folder")
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(sidecar) as partial:
-        partial.write_text(json.dumps(record, indent=1))
+    save_json(sidecar, record)
 
 
 def write_npz(out, count):

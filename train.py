@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 from flow import OBJECTIVES, seeded
 from model import SIZES, DiT
-from vq import (SUFFIXES, InputError, decode_pixels, join_processes, load_vq, read_checkpoint, replacing, run_script,
-                save_image, sheet)
+from vq import (SUFFIXES, InputError, decode_pixels, join_processes, load_vq, read_checkpoint, read_json, replacing,
+                run_script, save_image, sheet)
 
 HERE = Path(__file__).resolve().parent
 
@@ -48,14 +48,6 @@ class Data(NamedTuple):
     twins: np.ndarray | None
     labels: np.ndarray
     meta: dict
-
-
-def read_json(path):
-    """Read a dictionary from a JSON file. Raises InputError, naming the file, where it holds something else."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: is no JSON dictionary ({error}); write it again") from None
 
 
 def read_npy(path, mmap_mode=None):
@@ -158,19 +150,18 @@ def newest_run(runs=Path("runs")):
 
 def new_run(name, rank, world):
     """Choose and make the folder of a new run: runs/NAME, or the next free number; process 0 decides for all."""
-    choice = [name]
+    choice = [None, None]                                  # the name; what is wrong with it
     if rank == 0:
         numbers = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
-        choice = [name or f"{max(numbers, default=0) + 1:03d}"]
+        choice[0] = name or f"{max(numbers, default=0) + 1:03d}"
         folder = Path("runs") / choice[0]
         if folder.exists() and any(folder.iterdir()):
-            choice = [None, f"--name {name}: {folder} already holds a run; add --resume to go on with it, or choose "
-                            "another name"]
+            choice[1] = f"--name {name}: {folder} already holds a run; add --resume to go on with it, or choose another name"
         else:
             (folder / "samples").mkdir(parents=True, exist_ok=True)
     if world > 1:
-        dist.broadcast_object_list(choice := (choice + [None])[:2])
-    if choice[0] is None:
+        dist.broadcast_object_list(choice)
+    if choice[1]:
         raise InputError(choice[1])
     return Path("runs") / choice[0]
 

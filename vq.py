@@ -405,6 +405,20 @@ def replacing(path):
     os.replace(partial, path)
 
 
+def read_json(path):
+    """Read a dictionary from a JSON file. Raises InputError, naming the file, where it holds something else."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: is no JSON dictionary ({error}); write it again") from None
+
+
+def save_json(path, record):
+    """Write a dictionary as a JSON file."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(record, indent=1))
+
+
 def save_image(path, pixels):
     """Write uint8 [H,W,3], tensor or array, as a picture."""
     with replacing(path) as partial:
@@ -509,9 +523,8 @@ def claim_folder(out, task, shapes):
         out.mkdir(parents=True, exist_ok=True)
         for name, (dtype, *shape) in shapes.items():
             np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, tuple(shape))
-        with replacing(note) as partial:
-            partial.write_text(json.dumps(task, indent=1))
-    elif json.loads(note.read_text()) != task:
+        save_json(note, task)
+    elif read_json(note) != task:
         raise InputError(f"--out {out}: holds a part of another encoding ({note.name} differs in images, tokenizer or flags); "
                          "repeat that command, or give another folder")
 
@@ -571,8 +584,7 @@ def finish_folder(out, maps, labels, paths, meta):
                 whole.flush()
     with replacing(out / "labels.npy") as partial, open(partial, "wb") as f:
         np.save(f, labels[good])
-    with replacing(out / "meta.json") as partial:
-        partial.write_text(json.dumps(dict(meta, skipped=skipped), indent=1))
+    save_json(out / "meta.json", dict(meta, skipped=skipped))
     for name in ("done.npy", "partial.json"):
         (out / name).unlink()
     for path in skipped:
@@ -602,7 +614,7 @@ def reconstruct(args, vq, device):
         if error:
             raise InputError(f"{path}: cannot be read ({error}); give a picture")
         with torch.inference_mode():
-            again = to_pixels(vq.decode(vq.encode(from_pixels(pixels[None]).to(device)))).cpu().numpy()[0]
+            again = decode_pixels(vq, vq.encode(from_pixels(pixels[None]).to(device))).numpy()[0]
         mse = np.square(pixels.astype(np.float64) - again).mean()
         target = args.out / f"{number:03d}-{Path(path).stem}.png"
         save_image(target, sheet([pixels, again], columns=2))

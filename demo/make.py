@@ -13,7 +13,6 @@ eyes, whiskers and stripes sharp.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 import zipfile
@@ -28,7 +27,7 @@ from cats import COATS, cats
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from vq import VQ, from_pixels, nearest_code  # noqa: E402
+from vq import VQ, from_pixels, nearest_code, replacing  # noqa: E402
 
 CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 3), num_res_blocks=1, z_channels=64, n_embed=1024, embed_dim=4, num_groups=8)
 TRAIN_SEED, HELD_OUT_SEED = 0, 1
@@ -171,9 +170,8 @@ def main():
              "meta.json": lambda f: f.write(json.dumps(meta, indent=1).encode())}
     args.out.mkdir(parents=True, exist_ok=True)
     for name, write in files.items():
-        with open(args.out / (name + ".partial"), "wb") as f:
+        with replacing(args.out / name) as partial, open(partial, "wb") as f:
             write(f)
-        os.replace(args.out / (name + ".partial"), args.out / name)
 
 
 if __name__ == "__main__":
