@@ -227,8 +227,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
     ddp = torch.nn.parallel.DistributedDataParallel(flow, gradient_as_bucket_view=True) if world > 1 else flow
 
     stop = []                                              # filled by Ctrl-C or a scheduler's SIGTERM
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(1))
+    handlers = {name: signal.signal(name, lambda *_: stop.append(1)) for name in (signal.SIGINT, signal.SIGTERM)}
     log = Log(run / "log.jsonl", start) if rank == 0 else None
     bar = tqdm(total=args["steps"], initial=start, disable=rank > 0, desc=run.name, unit=" steps", smoothing=0.02)
     clock, seen = time.perf_counter(), 0
@@ -278,13 +277,15 @@ def train(args, data, vq, ckpt, run, rank, world, device):
             save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
         if rank == 0 and args["keep_every"] and done % args["keep_every"] == 0:
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
-        if rank == 0 and (done % args["sample_every"] == 0 or done == args["steps"]):
+        if rank == 0 and args["sample_every"] and (done % args["sample_every"] == 0 or done == args["steps"]):
             with autocast():
                 paint(average, vq, args, run / "samples" / f"{done:07d}.png", device)
             clock, seen = time.perf_counter(), 0
         if stopping > 0:
             break
     bar.close()
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
     if rank == 0:
         stopped = f"stopped by a signal, go on with --name {run.name} --resume"
         print(f"{run}/ckpt.pt: {done} of {args['steps']} steps; "
@@ -331,7 +332,7 @@ def parse(argv=None):
     add("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=int, default=5000, help="steps between checkpoints")
     add("--keep-every", type=int, default=0, help="steps between numbered checkpoints that stay; 0: none")
-    add("--sample-every", type=int, default=5000, help="steps between pictures of samples")
+    add("--sample-every", type=int, default=5000, help="steps between pictures of samples; 0: none")
     add("--sample-cfg", type=float, default=1.3, help="guidance of those pictures")
 
     first, _ = parser.parse_known_args(argv)
@@ -348,9 +349,12 @@ def parse(argv=None):
             raise InputError(f"{recipe}: {', '.join(unknown)} is no flag of train.py; correct or remove it")
         parser.set_defaults(**settings)
     args = parser.parse_args(argv)
-    for name in ("steps", "global_batch_size", "accumulate", "lr", "grad_clip", "log_every", "ckpt_every", "sample_every"):
+    for name in ("steps", "global_batch_size", "accumulate", "lr", "grad_clip", "log_every", "ckpt_every"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    for name in ("warmup", "keep_every", "sample_every"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or a number above it")
     for name in ("ema_decay", "label_dropout"):
         if not 0 <= getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from 0 to below 1")

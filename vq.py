@@ -358,7 +358,7 @@ def load_vq(path):
             raise InputError(f"{path}: tensor {key} is {have.get(key, 'missing')} in the file and "
                              f"{want.get(key, 'unknown')} in the network; give a whole file of a supported tokenizer")
     vq.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
-    return vq.eval().requires_grad_(False)
+    return vq.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # encodes 1.6x faster on a CPU
 
 
 # ---------------------------------------------------------------------------------------------- pictures

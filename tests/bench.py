@@ -2,14 +2,21 @@
 
     python tests/bench.py                                    this project against the plain formulas in this file
     python tests/bench.py loss step --repeats 7              some of the rows only
-    python tests/bench.py --fidelity path/to/torch-fidelity  also its Inception, on the same random weights
+    python tests/bench.py --release path/to/purrception      step, velocity, encode against the authors' release
+    python tests/bench.py --fidelity path/to/torch-fidelity  Inception against theirs, on random weights of the same kind
+    python tests/bench.py --pytorch-fid                      the distance against the installed package of that name
+    python tests/bench.py --scale                            how the cost grows with K, with positions, with processes
+
+The release's networks want timm, einops and torchdiffeq installed, pytorch-fid wants torchvision.
 
 Each side of a row runs in a process of its own, the two in turn, so that neither warms a cache for the other; a figure is
 the median over the repeats. Memory is the growth of the process's peak over what it holds before its first run. Run it
 on an idle machine, with OMP_WAIT_POLICY=passive where other programs may interfere.
 """
 import argparse
+import functools
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -39,18 +46,32 @@ def plain_loss(logits, codes):                             # logits [P,K], codes
     return F.cross_entropy(logits, codes) + 1e-5 * logits.logsumexp(1).square().mean()
 
 
-def step(ours, bf16=False):
+def released(folder):
+    """Build the DiT-S/2 of the authors' release; its forward(z, t, y, cfg) returns logits [B,K,h,w]."""
+    sys.path.insert(0, folder)
+    from models.dit import DiT
+    torch.manual_seed(0)
+    net = DiT(input_size=SIDE, patch_size=2, in_channels=D, hidden_size=384, depth=12, num_heads=6, mlp_ratio=4.0,
+              num_classes=1000, model_type="purrception", vocabulary_size=K)
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)
+    return net
+
+
+def step(ours, bf16=False, release=None):
     """Prepare one training step of DiT-S/2 on four images: forward, loss, backward, AdamW."""
     import flow
-    net = network()
-    method = flow.Purrception(net, torch.randn(K, D), label_dropout=0)
+    net = released(release) if release else network()
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=ours)
     z, t, y, codes = torch.randn(4, D, SIDE, SIDE), torch.rand(4), torch.arange(4), torch.randint(K, (4, SIDE, SIDE))
+    method = flow.Purrception(net, torch.randn(K, D), label_dropout=0) if ours else None
 
     def run():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if ours:
                 loss = method.loss(z, t, y, codes)[0]
+            elif release:                                  # as its trainer.py, _train_step
+                logits = net(z, t, y, 1.0)
+                loss = F.cross_entropy(logits, codes) + 1e-5 * torch.logsumexp(logits, dim=1).pow(2).mean()
             else:
                 logits = net(z, t, y).movedim(-1, 1)       # [B,K,h,w], as images are kept elsewhere
                 loss = plain_loss(logits.movedim(1, -1).flatten(0, 2).float(), codes.flatten())
@@ -60,35 +81,57 @@ def step(ours, bf16=False):
     return run
 
 
-def loss(ours):
-    """Prepare head and loss, forward and backward: 4096 positions of width 384."""
+def loss(ours, positions=4096, codes=K):
+    """Prepare head and loss, forward and backward, for positions of width 384."""
     import flow
-    h, W, b = (torch.randn(*s).mul_(0.05).requires_grad_() for s in ((4096, 384), (K, 384), (K,)))
-    codes = torch.randint(K, (4096,))
+    h, W, b = (torch.randn(*s).mul_(0.05).requires_grad_() for s in ((positions, 384), (codes, 384), (codes,)))
+    target = torch.randint(codes, (positions,))
 
     def run():
-        value = flow.linear_cross_entropy(h, W, b, codes, 1e-5)[0] if ours else plain_loss(F.linear(h, W, b), codes)
+        value = flow.linear_cross_entropy(h, W, b, target, 1e-5)[0] if ours else plain_loss(F.linear(h, W, b), target)
         value.backward()
         h.grad = W.grad = b.grad = None
     return run
 
 
-def velocity(ours, bf16=False):
+def velocity(ours, bf16=False, release=None):
     """Prepare one guided velocity (cfg 1.3) of DiT-S/2 on four images."""
     import flow
-    net = network()
-    method = flow.Purrception(net, torch.randn(K, D))
-    z, t, y = torch.randn(4, D, SIDE, SIDE), torch.full((4,), 0.5), torch.arange(4)
+    z, t, y, E = torch.randn(4, D, SIDE, SIDE), torch.full((4,), 0.5), torch.arange(4), torch.randn(K, D)
+    if release:
+        net = released(release).eval()
+        from utils.sample_utils import _ode_function_purrception as ode
+        return torch.no_grad()(lambda: ode(t[0], z.flatten(1), net, y, 4, SIDE, E, cfg_scale=1.3, temperature=0.9))
+    method = flow.Purrception(network(), E)
 
     @torch.no_grad()
     def run():
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if ours:
                 return method.velocity(z, t, y, tau=0.9, cfg=1.3)
+            net = method.model
             cond, uncond = net(z, t, y).movedim(-1, 1), net(z, t, torch.full_like(y, 1000)).movedim(-1, 1)
             pi = ((uncond + 1.3 * (cond - uncond)) / 0.9).float().softmax(1)
-            return (torch.einsum("bkhw,kd->bdhw", pi, method.codebook) - z) / 0.5
+            return (torch.einsum("bkhw,kd->bdhw", pi, E) - z) / 0.5
     return run
+
+
+def encode(ours, release=None):
+    """Prepare the encoding of two 256x256 images by vq-f8's network; the release carries CompVis's."""
+    import vq
+    x = torch.rand(2, 3, 256, 256) * 2 - 1
+    net = vq.VQ().eval()
+    if ours:
+        net = net.to(memory_format=torch.channels_last)    # as load_vq does
+    elif release:
+        sys.path.insert(0, str(Path(release) / "latent_diffusion"))
+        from ldm.modules.diffusionmodules.model import Encoder
+        from taming.modules.vqvae.quantize import VectorQuantizer2
+        encoder = Encoder(ch=128, out_ch=3, ch_mult=(1, 2, 2, 4), num_res_blocks=2, attn_resolutions=[32], in_channels=3,
+                          resolution=256, z_channels=4, double_z=False)
+        quantizer, conv = VectorQuantizer2(K, D, beta=0.25), torch.nn.Conv2d(4, D, 1)
+        net = types.SimpleNamespace(encode=lambda x: quantizer(conv(encoder(x)))[2][2])
+    return torch.inference_mode()(lambda: net.encode(x))
 
 
 def nearest(ours):
@@ -98,13 +141,16 @@ def nearest(ours):
     return lambda: vq.nearest_code(z, E) if ours else torch.cdist(z, E).argmin(1)
 
 
-def frechet(ours):
+def frechet(ours, package=False):
     """Prepare the Fréchet distance at 2048 dimensions."""
     import numpy as np
     from scipy import linalg
 
     import fid
     a, b = (fid.statistics(np.random.default_rng(i).standard_normal((4096, 2048))) for i in (0, 1))
+    if package:
+        from pytorch_fid.fid_score import calculate_frechet_distance
+        return lambda: calculate_frechet_distance(*a, *b)
 
     def plain():
         root = linalg.sqrtm(a[1] @ b[1])
@@ -136,14 +182,19 @@ def inception(ours, fidelity=None):
     return run
 
 
-# The bf16 rows are held against the same float32 yardstick.
-PATHS = {"step": step, "step-bf16": lambda ours: step(ours, bf16=ours), "loss": loss, "velocity": velocity,
-         "velocity-bf16": lambda ours: velocity(ours, bf16=ours), "nearest": nearest, "frechet": frechet, "inception": inception}
+# The bf16 rows are held against the same float32 yardstick. `yardstick` is a flag below and its value.
+PATHS = {"step": step, "step-bf16": lambda ours, **yardstick: step(ours, bf16=ours, **yardstick), "loss": loss,
+         "velocity": velocity, "velocity-bf16": lambda ours, **yardstick: velocity(ours, bf16=ours, **yardstick),
+         "nearest": nearest, "encode": encode, "frechet": frechet, "inception": inception}
+AGAINST = {"release": ("step", "step-bf16", "velocity", "velocity-bf16", "encode"), "fidelity": ("inception",),
+           "package": ("frechet",)}
+GROWTH = {f"loss, K = {k:,}": functools.partial(loss, codes=k) for k in (1024, 4096, 16384, 65536)} | {
+    f"loss, {p:,} positions": functools.partial(loss, positions=p) for p in (1024, 4096, 16384)}
 
 
-def child(path, ours, fidelity):
-    """Run one side of one row once after a warm-up, and print seconds and MiB."""
-    run = PATHS[path](ours, fidelity) if path == "inception" else PATHS[path](ours)
+def child(path, ours, knobs):
+    """Run one side of one row after a warm-up, and print seconds and MiB."""
+    run = (PATHS | GROWTH)[path](ours, **({} if ours else knobs))
     peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731
     before = peak()
     run()
@@ -152,24 +203,60 @@ def child(path, ours, fidelity):
     print(json.dumps([time.perf_counter() - start, peak() - before]))
 
 
+def compare(path, repeats, knobs):
+    """Run both sides of a row in turn and print its line of the table."""
+    results = {"ours": [], "yardstick": []}
+    for _ in range(repeats):
+        for side in results:
+            command = [sys.executable, __file__, path, "--child", side, "--knobs", json.dumps(knobs)]
+            results[side].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    (t1, m1), (t2, m2) = ([statistics.median(column) for column in zip(*results[side])] for side in results)
+    name = f"{path}, against {'pytorch-fid' if 'package' in knobs else Path(*knobs.values()).resolve().name}" if knobs else path
+    print(f"| {name} | {t1:.2f} s | {t2:.2f} s | {t2 / t1:.1f}x | {m1:.0f} MiB | {m2:.0f} MiB | {m2 / max(m1, 1):.1f}x |",
+          flush=True)
+
+
+def processes(repeats, steps=60):
+    """Train the demo with one process of two threads and with two of one: images a second, all together."""
+    for count in (1, 2):
+        speeds = []
+        for i in range(repeats):
+            with tempfile.TemporaryDirectory() as folder:
+                subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", str(ROOT / "train.py"),
+                                "--steps", str(steps), "--log-every", str(steps // 2), "--sample-every", "0", "--name", "x"],
+                               cwd=folder, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(2 // count)})
+                log = Path(folder, "runs/x/log.jsonl").read_text().splitlines()
+                speeds.append(json.loads(log[-1])["images_per_second"])
+        print(f"demo training, {count} gloo process{'es' * (count > 1)} with {2 // count} threads each: "
+              f"{statistics.median(speeds):.0f} images/s", flush=True)
+
+
 def main():
-    parser = argparse.ArgumentParser(description="Time the heavy paths against plain formulas.")
+    parser = argparse.ArgumentParser(description="Time the heavy paths against plain formulas, or other people's code.")
     parser.add_argument("paths", nargs="*", help=f"rows of the table, of: {' '.join(PATHS)}; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side")
-    parser.add_argument("--fidelity", help="folder of a torch-fidelity checkout, the yardstick for inception")
+    parser.add_argument("--release", help="folder of a checkout of the authors' release, razvanmatisan/purrception")
+    parser.add_argument("--fidelity", help="folder of a checkout of torch-fidelity")
+    parser.add_argument("--pytorch-fid", dest="package", action="store_const", const=True, help="the installed pytorch-fid")
+    parser.add_argument("--scale", action="store_true", help="growth with K, positions and processes instead")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--knobs", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        return child(args.paths[0], args.child == "ours", args.fidelity)
-    print("| path | ours | plain | faster | memory, ours | plain | smaller |\n|---|---|---|---|---|---|---|")
-    for path in args.paths or PATHS:
-        results = {"ours": [], "plain": []}
-        for _ in range(args.repeats):
-            for side in results:
-                command = [sys.executable, __file__, path, "--child", side, *(["--fidelity", args.fidelity] if args.fidelity else [])]
-                results[side].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-        (t1, m1), (t2, m2) = ([statistics.median(column) for column in zip(*results[side])] for side in results)
-        print(f"| {path} | {t1:.2f} s | {t2:.2f} s | {t2 / t1:.1f}x | {m1:.0f} MiB | {m2:.0f} MiB | {m2 / max(m1, 1):.1f}x |", flush=True)
+        return child(args.paths[0], args.child == "ours", args.knobs)
+    print("| path | ours | yardstick | faster | memory, ours | yardstick | smaller |\n|---|---|---|---|---|---|---|")
+    yardsticks = {name: getattr(args, name) for name in AGAINST if getattr(args, name) is not None}
+    for name, value in yardsticks.items():
+        for path in AGAINST[name]:
+            if not args.paths or path in args.paths:
+                compare(path, args.repeats, {name: value})
+    if args.scale:
+        for path in GROWTH:
+            compare(path, args.repeats, {})
+        processes(args.repeats)
+    if not yardsticks and not args.scale:
+        for path in args.paths or PATHS:
+            compare(path, args.repeats, {})
 
 
 if __name__ == "__main__":

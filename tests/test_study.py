@@ -1,0 +1,75 @@
+"""The study: its arithmetic, and one of a few steps from end to end, without pictures."""
+import json
+import sys
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+import study
+from flow import Purrception
+from model import DiT
+from vq import InputError
+
+TINY = dict(steps=4, checkpoints=2, seeds=(0,), rates=(1e-3, 1e-2), images=4, euler=2, taus=(0.5, 1.0), few=(2, 3),
+            powers=(1.0, 1.5))
+
+
+@pytest.fixture
+def small(tiny_data, tiny_size, tmp_path, monkeypatch):
+    """Start a study of four steps, in a folder of its own."""
+    (tiny_data / "recipe.json").write_text(json.dumps(dict(model=tiny_size, global_batch_size=4)))
+    monkeypatch.chdir(tmp_path)
+    return lambda **other: study.Study(TINY | other, tiny_data)
+
+
+def test_a_crossing_lies_between_checkpoints_in_proportion():
+    assert study.crossing([10, 20, 30], [5.0, 3.0, 1.0], 2.0) == 25
+    assert study.crossing([10, 20], [5.0, 3.0], 6.0) == 10
+    assert study.crossing([10, 20], [5.0, 3.0], 2.0) is None
+
+
+def test_uniform_times_are_the_methods_own_sampler():
+    torch.manual_seed(0)
+    net = DiT(input_size=4, patch_size=2, in_channels=3, out_channels=7, hidden_size=32, depth=1, num_heads=2, num_classes=2)
+    torch.nn.init.normal_(net.final_layer.linear.weight)
+    flow, y, z = Purrception(net, torch.randn(7, 3)), torch.tensor([0, 1]), torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        codes = study.follow_times(flow, y, z, torch.arange(6) / 5, tau=0.9)
+    assert torch.equal(codes, flow.sample(y, 5, tau=0.9, noise=z))
+
+
+def test_another_embedding_of_time_changes_answers_only_meanwhile():
+    net = DiT(input_size=4, patch_size=2, in_channels=3, out_channels=7, hidden_size=32, depth=1, num_heads=2)
+    t = torch.tensor([0.3])
+    plain = net.t_embedder(t)
+    with study.embedding_of(1000):
+        assert torch.equal(net.t_embedder(t / 1000), plain) and not torch.equal(net.t_embedder(t), plain)
+    assert torch.equal(net.t_embedder(t), plain)
+
+
+def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkeypatch):
+    def answers(it):
+        best, lines = study.compare_objectives(it, MagicMock())
+        return [*lines, *study.sweep_temperature(it, MagicMock(), best), *study.weigh_z_loss(it, MagicMock(), best),
+                *study.embed_time(it, best), *study.count_steps(it, MagicMock(), best)]
+
+    lines = answers(small())
+    rows = Path("scores.csv").read_text().splitlines()
+    assert len(rows) == len({row.rsplit(",", 1)[0] for row in rows})     # no key twice
+    assert sum(row.startswith("cfm") for row in rows) == 2 + 1           # two rates at the end, the better one half-way
+    assert "without z-loss: logsumexp 3." in "".join(lines)              # ln 32 = 3.47
+    assert Path("temperatures.png").exists()
+    assert "opt" not in torch.load(next(Path("runs").glob("*/ckpt-0000004.pt")))
+
+    monkeypatch.setattr(study.Study, "measure", None)                    # a second time, all is in the table
+    monkeypatch.setattr(study.train, "main", None)
+    assert answers(small()) == lines
+
+
+def test_a_folder_of_another_study_is_refused(small):
+    small()
+    with pytest.raises(InputError, match="other settings"):
+        small(steps=8)
