@@ -39,7 +39,7 @@ from sample import initial_noise, load_run  # noqa: E402
 from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing, run_script, save_image,  # noqa: E402
                 save_json, sheet)
 
-FULL = dict(steps=1200, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3), images=128, euler=50,
+FULL = dict(steps=960, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3), images=128, euler=50,
             taus=(0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3, 1.5), few=(4, 6, 8, 12, 25, 50, 100), powers=(0.7, 1.0, 1.5, 2.0))
 QUICK = dict(steps=240, checkpoints=4, seeds=(0,), rates=(1e-3,), images=64, euler=25,
              taus=(0.1, 0.5, 0.9, 1.2, 1.5), few=(4, 8, 25), powers=(1.0, 1.5))
