@@ -106,11 +106,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *(d * scale.to(d.dtype) for d in ctx.saved_tensors), None, None, None
 
 
-@torch.compiler.disable            # the loop over chunks is to stay a loop
 def head_loss(h, weight, bias, target, z_weight):
     """Compute loss, ce, z as linear_cross_entropy does, and the share of positions whose target is the arg max."""
     want = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
-    return LinearCrossEntropy.apply(h, weight, bias, target, z_weight, want)
+    apply = LinearCrossEntropy.apply
+    if torch.compiler.is_compiling():                      # the loop over chunks is to stay a loop; a decorator would load
+        apply = torch.compiler.disable(apply)              # the compiler, a second, whenever this file is imported
+    return apply(h, weight, bias, target, z_weight, want)
 
 
 def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):

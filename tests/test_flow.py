@@ -2,7 +2,10 @@
 import contextlib
 import inspect
 import math
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import flow
 from flow import Purrception, linear_cross_entropy
 from model import DiT
 
+ROOT = Path(__file__).resolve().parent.parent
 K, d, p, SIDE, CLASSES = 11, 3, 2, 4, 5                    # codes, their dimension, patch and grid side, classes
 
 
@@ -210,6 +214,11 @@ def test_torch_compile_agrees():
     compiled = torch.compile(step, backend="eager")
     assert_same([compiled(*inputs)], [step(*inputs)], 0)
     assert_same(gradients(compiled(*inputs), inputs), gradients(step(*inputs), inputs), 0)
+
+
+def test_scripts_start_without_loading_the_compiler():
+    command = "import sys, sample, fid; sys.exit('torch._dynamo' in sys.modules)"    # a second, for --help as for all else
+    assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0
 
 
 class Memory(TorchDispatchMode):
