@@ -273,13 +273,12 @@ def train(args, data, vq, ckpt, run, rank, world, device):
                       images_per_second=round(speed, 2), peak_memory_gib=round(peak_memory(device), 3))
             bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{speed:.0f}/s", refresh=False)
             clock, seen = time.perf_counter(), 0
-        if rank == 0 and (done % args["ckpt_every"] == 0 or final):
-            save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
         if rank == 0 and args["keep_every"] and done % args["keep_every"] == 0:
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
+        if rank == 0 and (done % args["ckpt_every"] == 0 or final):      # last: resuming, all before it is there
+            save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
         if rank == 0 and args["sample_every"] and (done % args["sample_every"] == 0 or done == args["steps"]):
-            with autocast():
-                paint(average, vq, args, run / "samples" / f"{done:07d}.png", device)
+            paint(average, vq, args, run / "samples" / f"{done:07d}.png", autocast)
             clock, seen = time.perf_counter(), 0
         if stopping > 0:
             break
@@ -292,14 +291,15 @@ def train(args, data, vq, ckpt, run, rank, world, device):
               f"{'next: python sample.py' if done == args['steps'] else stopped}")
 
 
-def paint(flow, vq, args, path, device):
+def paint(flow, vq, args, path, autocast):
     """Save a picture of EMA samples from one fixed noise: up to ten classes across, three samples of each."""
-    columns = min(10, flow.model.num_classes)
+    columns, device = min(10, flow.model.num_classes), flow.codebook.device
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.start(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))
     with torch.inference_mode():
         cfg = args["sample_cfg"] if args["label_dropout"] else 1.0       # without dropout "no class" was never trained
-        codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
+        with autocast():
+            codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
         save_image(path, sheet(decode_pixels(vq, codes), columns))
 
 

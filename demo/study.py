@@ -1,27 +1,28 @@
 """Show the paper's claims at small scale: Purrception against its two baselines, on the demo's cats.
 
     pip install -r demo/requirements.txt       # matplotlib, for the figures
-    python demo/study.py --quick               # ten minutes on 2 CPU cores: one seed, short runs
-    python demo/study.py                       # an hour and a half; interrupted, the same command goes on
+    python demo/study.py --quick               # ten minutes on 2 CPU cores: one seed, one learning rate, short runs
+    python demo/study.py                       # two hours, 6 GB in study/; interrupted, the same command goes on
 
-One network, one batch, one number of steps for the three objectives; the learning rate of each is the best of one small
-grid at seed 0. Distances are fid.py's, on the demo on untrained features, of EMA samples from one fixed noise, against the
-data's reference images. OUT (study/) receives
+One network but for its ends, one batch, one number of steps for the three objectives; the learning rate of each is the
+best of one small grid at seed 0. Distances are fid.py's, between EMA samples (always from the same noise) and the data's
+reference images; on the demo the features are untrained. The folder OUT receives
 
     scores.csv         every distance measured, one a line; what is in it is not measured again
     convergence.png    distance against training steps for the three objectives: mean over seeds, band from lowest to highest
     temperature.png    distance against tau, CFM's beside it;  temperatures.png: the same noise at each tau
-    logsumexp.png      size of log sum_k exp logit_k during training, with and without the z-loss
+    logsumexp.png      root mean square of log sum_k exp logit_k during training, with and without the z-loss
+    embedding.png      distance against training steps where the network embeds t, and where it embeds 1000 t
     steps.png          distance against Euler steps, for uniform times and others
     summary.md         what came out, in sentences
 """
 import argparse
 import contextlib
 import csv
-import functools
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,11 +40,12 @@ from sample import initial_noise, load_run  # noqa: E402
 from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing, run_script, save_image,  # noqa: E402
                 save_json, sheet)
 
-FULL = dict(steps=960, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3), images=128, euler=50,
-            taus=(0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3, 1.5), few=(4, 6, 8, 12, 25, 50, 100), powers=(0.7, 1.0, 1.5, 2.0))
+FULL = dict(steps=960, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3, 4e-3), images=128, euler=50,
+            taus=(0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.3, 1.5), few=(4, 6, 8, 12, 25, 50, 100),
+            powers=(0.7, 1.0, 1.5, 2.0))
 QUICK = dict(steps=240, checkpoints=4, seeds=(0,), rates=(1e-3,), images=64, euler=25,
              taus=(0.1, 0.5, 0.9, 1.2, 1.5), few=(4, 8, 25), powers=(1.0, 1.5))
-TAU = 0.9                                                  # the paper's, where nothing else is said
+TAU = {"purrception": 0.9, "dfm": 1.0, "cfm": None}        # sample.py's defaults
 UNWEIGHTED = 1e-12     # a z-loss too light to move a weight, by which the log still tells the size of logsumexp
 
 
@@ -68,7 +70,7 @@ class Run(NamedTuple):
 
 @contextlib.contextmanager
 def embedding_of(scale):
-    """Let every network embed scale * t instead of t meanwhile."""
+    """Let every network embed scale * t instead of t meanwhile. No checkpoint tells of it: sample.py would embed t."""
     forward = TimestepEmbedder.forward
     TimestepEmbedder.forward = lambda self, t: forward(self, scale * t)
     try:
@@ -81,13 +83,13 @@ class Study:
     """The settings, the data, and the table of scores, which is written as it grows."""
 
     def __init__(self, settings, data=HERE):
-        self.__dict__.update(settings)
-        self.data = train.open_data(data)
+        self.set, self.data = SimpleNamespace(**settings), train.open_data(data)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.autocast = train.half_precision(self.device, "auto")
-        self.marks = [self.steps * (i + 1) // self.checkpoints for i in range(self.checkpoints)]
-        kept = Path("settings.json")
-        settings = json.loads(json.dumps(settings | {"data": str(self.data.path)}))
+        every = self.set.steps // self.set.checkpoints
+        self.marks = range(every, self.set.steps + 1, every)
+        self.best = {}                                     # objective: learning rate
+        kept, settings = Path("settings.json"), json.loads(json.dumps(settings | {"data": str(self.data.path)}))
         if kept.exists() and read_json(kept) != settings:
             raise InputError(f"{kept.absolute()}: this folder holds a study with other settings; give another --out")
         save_json(kept, settings)
@@ -98,27 +100,29 @@ class Study:
         else:
             self.file.write_text("run,step,tau,euler_steps,time_power,distance\n")
 
-    # ---- training
+    def tuned(self, objective="purrception", seed=None, **other):
+        """Return the run of an objective at its best learning rate, trained."""
+        return self.trained(Run(objective, self.best[objective], self.set.seeds[0] if seed is None else seed, **other))
 
-    def train(self, run):
-        """Train one run, or finish it, as train.py does."""
-        every, newest = str(self.steps // self.checkpoints), run.folder / "ckpt.pt"
-        done = read_checkpoint(newest)["step"] if newest.exists() else 0
-        argv = ["--data", str(self.data.path), "--name", run.folder.name, "--objective", run.objective, "--lr", str(run.lr), "--seed",
-                str(run.seed), "--steps", str(self.steps), "--ckpt-every", every, "--keep-every", every, "--sample-every", "0",
-                "--log-every", "20"]
-        argv += ["--resume"] if done else []
-        argv += ["--z-loss", str(run.z_loss)] if run.objective != "cfm" else []
-        if done < self.steps:
-            with embedding_of(run.time_scale):
-                train.main(argv)
-            if read_checkpoint(newest)["step"] < self.steps:
-                sys.exit("stopped; the same command goes on")
-        for step in self.marks:                            # to sample from, without the optimizer: a quarter of the size
+    def trained(self, run):
+        """Train a run, or finish it, as train.py does, and leave numbered checkpoints without their optimizer: a quarter."""
+        last = run.checkpoint(self.marks[-1])
+        if last.exists():
+            return run
+        begun, every = (run.folder / "ckpt.pt").exists(), str(self.marks.step)
+        if not begun:
+            shutil.rmtree(run.folder, ignore_errors=True)  # killed before its first checkpoint
+        with embedding_of(run.time_scale):
+            train.main(["--data", str(self.data.path), "--name", run.folder.name, "--objective", run.objective,
+                        "--lr", str(run.lr), "--seed", str(run.seed), "--steps", str(self.marks[-1]), "--ckpt-every", every,
+                        "--keep-every", every, "--sample-every", "0", "--log-every", "20",
+                        *(["--z-loss", str(run.z_loss)] if run.objective != "cfm" else []), *["--resume"] * begun])
+        if not last.exists():
+            sys.exit("stopped; the same command goes on")
+        for step in self.marks:
             ckpt = read_checkpoint(run.checkpoint(step))
-            if "opt" in ckpt:
-                with replacing(run.checkpoint(step)) as partial:
-                    torch.save({key: ckpt[key] for key in ("ema", "args", "step")}, partial)
+            with replacing(run.checkpoint(step)) as partial:
+                torch.save({key: ckpt[key] for key in ("ema", "args", "step")}, partial)
         return run
 
     def log(self, run, key):
@@ -126,56 +130,45 @@ class Study:
         lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
         return np.array([(line["step"], line[key]) for line in lines]).T
 
-    # ---- scoring
-
-    @functools.cached_property
-    def inception(self):
-        """Build the network whose features the data's meta.json asks for."""
-        build = fid.untrained_inception if self.data.meta["features"] == "untrained" else fid.load_inception
-        return build().to(self.device)
-
-    def measure(self, pixels):
-        """Compute mean and covariance of the features of a set of pictures, as fid.py opens one."""
-        return fid.measure(pixels, lambda: self.inception, SimpleNamespace(batch_size=32, device=self.device))[:2]
-
-    @functools.cached_property
-    def reference(self):
-        """Measure the data's reference images, as many as its meta.json says."""
-        meta = self.data.meta
-        images = fid.open_set(self.data.path / meta["reference"], meta["features"])
-        return self.measure(images[:meta["reference_count"]] if "reference_count" in meta else images)
-
     @torch.inference_mode()
     def samples(self, run, step, tau, euler, power=1.0, images=None):
         """Sample pictures uint8 [N,H,W,3] from a checkpoint; time runs through (s / euler) ** power."""
-        with embedding_of(run.time_scale), self.autocast():
-            flow, vq, data, *_ = load_run(run.checkpoint(step), self.device)
-            pictures = []
-            for some in torch.arange(images or self.images).split(64):
-                y = (some % flow.model.num_classes).to(self.device)
-                z = initial_noise(flow, some.tolist(), data.codes.shape[1:], 0, self.device)
+        flow, vq, data, *_ = load_run(run.checkpoint(step), self.device)
+        pictures = []
+        for some in torch.arange(images or self.set.images).split(64):
+            y = (some % flow.model.num_classes).to(self.device)
+            z = initial_noise(flow, some.tolist(), data.codes.shape[1:], 0, self.device)
+            with embedding_of(run.time_scale), self.autocast():
                 if power == 1:
                     codes = flow.sample(y, euler, noise=z, **({} if tau is None else {"tau": tau}))
                 else:
                     codes = follow_times(flow, y, z, (torch.arange(euler + 1) / euler) ** power, tau)
-                pictures.append(decode_pixels(vq, codes))
+            pictures.append(decode_pixels(vq, codes))
         return torch.cat(pictures).numpy()
 
-    def score(self, run, step=None, tau=TAU, euler=None, power=1.0):
-        """Return the distance of a checkpoint's samples, from the table or measured now."""
-        step, euler, tau = step or self.steps, euler or self.euler, None if run.objective == "cfm" else tau
+    def score(self, run, step=None, tau=None, euler=None, power=1.0):
+        """Return fid.py's distance of a checkpoint's samples, from the table or measured now."""
+        step, euler, tau = step or self.marks[-1], euler or self.set.euler, tau or TAU[run.objective]
         key = (run.folder.name, *map(str, (step, tau, euler, power)))
         if key not in self.scores:
             pixels = self.samples(run, step, tau, euler, power)
-            self.scores[key] = fid.frechet_distance(*self.measure(pixels), *self.reference)
+            np.savez("samples.npz", arr_0=pixels)
+            save_json(Path("samples.json"), {"data": str(self.data.path), "num_samples": len(pixels)})
+            self.scores[key] = fid.compare(SimpleNamespace(
+                samples=Path("samples.npz"), ref=None, features=None, weights=None, save_stats=None, device=self.device,
+                batch_size=32, num_workers=0))["value"]
             with open(self.file, "a", newline="") as f:
                 csv.writer(f).writerow([*key, self.scores[key]])
             print(*key, f"{self.scores[key]:.4f}", flush=True)
         return self.scores[key]
 
-    def curve(self, runs):
-        """Score all checkpoints of runs that differ in seed only: distances [seeds,checkpoints]."""
-        return np.array([[self.score(run, step) for step in self.marks] for run in runs])
+    def curve(self, axes, label, runs):
+        """Score all checkpoints of runs that differ in their seed, and draw them: distances [seeds,checkpoints]."""
+        scores = np.array([[self.score(run, step) for step in self.marks] for run in runs])
+        line, = axes.plot(self.marks, scores.mean(0), marker=".", label=label)
+        axes.fill_between(self.marks, scores.min(0), scores.max(0), alpha=0.2, color=line.get_color())
+        axes.set(xlabel="training steps", ylabel="Fréchet distance", yscale="log")
+        return scores
 
 
 def follow_times(flow, y, z, times, tau):
@@ -186,96 +179,90 @@ def follow_times(flow, y, z, times, tau):
 
 
 def crossing(steps, distances, goal):
-    """Return the training step at which a curve first falls to the goal, or None; linear between checkpoints."""
-    for (s0, d0), (s1, d1) in itertools.pairwise(zip(steps, distances)):
-        if d1 <= goal:
-            return s0 if d0 <= goal else s0 + (s1 - s0) * (d0 - goal) / (d0 - d1)
-    return None
+    """Tell in words after how many training steps a curve first falls to the goal; linear between checkpoints."""
+    i = next((i for i, distance in enumerate(distances) if distance <= goal), None)
+    if i is None:
+        return f"not within {steps[-1]} steps"
+    at = np.interp(goal, [distances[i], distances[i - 1]], [steps[i], steps[i - 1]]) if i else steps[0]
+    return f"{'after' if i else 'before'} {at:.0f} of {steps[-1]} steps, {'' if i else 'at least '}{steps[-1] / at:.1f}x sooner"
 
 
 # ------------------------------------------------------------------------------------------------ the questions
 
 def compare_objectives(study, axes):
-    """Tune each objective's learning rate, train it on all seeds, draw the curves: best rates and sentences."""
-    best, finals, curves, lines = {}, {}, {}, []
+    """Tune each objective's learning rate, train it on all seeds, draw the curves. Return sentences."""
+    seeds, curves, lines = study.set.seeds, {}, []
     for objective in train.OBJECTIVES:
-        trained = [study.train(Run(objective, lr, study.seeds[0])) for lr in study.rates]
-        best[objective] = min(trained, key=study.score).lr
-        lines.append(f"{objective}: final distance at seed {study.seeds[0]} by learning rate: "
-                     + ", ".join(f"{run.lr:g}: {study.score(run):.3f}" for run in trained) + ".")
-    for objective, lr in best.items():
-        curves[objective] = study.curve([study.train(Run(objective, lr, seed)) for seed in study.seeds])
-        mean, finals[objective] = curves[objective].mean(0), curves[objective][:, -1]
-        axes.plot(study.marks, mean, marker=".", label=f"{objective}, lr {lr:g}")
-        axes.fill_between(study.marks, curves[objective].min(0), curves[objective].max(0), alpha=0.2)
-        lines.append(f"{objective}: after {study.steps} steps {finals[objective].mean():.3f} "
-                     f"({finals[objective].min():.3f} to {finals[objective].max():.3f} over {len(study.seeds)} seeds).")
-    for other in ("cfm", "dfm"):
-        at = crossing(study.marks, curves["purrception"].mean(0), finals[other].mean())
-        lines.append(f"purrception reaches {other}'s final distance " + (
-            f"after {at:.0f} of {study.steps} steps, {study.steps / at:.1f}x sooner." if at else "not within these steps."))
-    axes.set(xlabel="training steps", ylabel="Fréchet distance", yscale="log")
-    axes.legend()
-    return best, lines
+        tried = [study.trained(Run(objective, lr, seeds[0])) for lr in study.set.rates]
+        study.best[objective] = best = min(tried, key=study.score).lr
+        curves[objective] = study.curve(axes, f"{objective}, lr {best:g}", [study.tuned(objective, seed) for seed in seeds])
+        final = curves[objective][:, -1]
+        lines.append(f"{objective}: {final.mean():.3f} after {study.marks[-1]} steps ({final.min():.3f} to {final.max():.3f} over "
+                     f"{len(seeds)} seeds); by learning rate, at seed {seeds[0]}: "
+                     + ", ".join(f"{run.lr:g}: {study.score(run):.3f}" for run in tried)
+                     + "; the best lies at the edge of the grid" * (len(tried) > 1 and best in study.set.rates[::len(tried) - 1])
+                     + ".")
+    for one, other in (("purrception", "cfm"), ("purrception", "dfm"), ("cfm", "purrception"), ("dfm", "purrception")):
+        lines.append(f"{one} reaches {other}'s final distance "
+                     f"{crossing(study.marks, curves[one].mean(0), curves[other][:, -1].mean())}.")
+    return lines
 
 
-def sweep_temperature(study, axes, best):
-    """Score the trained posteriors at every temperature: sentences, and the contact sheet of one noise at each."""
-    first, lines = study.seeds[0], []
+def sweep_temperature(study, axes):
+    """Score the posteriors at every temperature, on all seeds; make the sheet of one noise at each. Return sentences."""
+    taus, lines = study.set.taus, []
     for objective in ("purrception", "dfm"):
-        scores = [study.score(Run(objective, best[objective], first), tau=tau) for tau in study.taus]
-        axes.plot(study.taus, scores, marker=".", label=objective)
-        lines.append(f"{objective}: best temperature {study.taus[int(np.argmin(scores))]}, distance {min(scores):.3f}; at 1.0 "
-                     f"{study.score(Run(objective, best[objective], first), tau=1.0):.3f}.")
-    axes.axhline(study.score(Run("cfm", best["cfm"], first)), linestyle="--", color="grey", label="cfm, which has no tau")
+        scores = [np.mean([study.score(study.tuned(objective, seed), tau=tau) for seed in study.set.seeds]) for tau in taus]
+        axes.plot(taus, scores, marker=".", label=objective)
+        lines.append(f"{objective}: distance by temperature {', '.join(f'{t}: {d:.3f}' for t, d in zip(taus, scores))}; best "
+                     f"{taus[int(np.argmin(scores))]}.")
+    cfm = np.mean([study.score(study.tuned("cfm", seed)) for seed in study.set.seeds])
+    axes.axhline(cfm, linestyle="--", color="grey", label="cfm, which has no tau")
     axes.set(xlabel="temperature tau", ylabel="Fréchet distance", yscale="log")
-    axes.legend()
-    run = Run("purrception", best["purrception"], first)
-    rows = [study.samples(run, study.steps, tau, study.euler, images=10) for tau in study.taus]
+    rows = [study.samples(study.tuned(), study.marks[-1], tau, study.set.euler, images=10) for tau in taus]
     save_image("temperatures.png", sheet(np.concatenate(rows), 10))
     return lines
 
 
-def weigh_z_loss(study, axes, best):
-    """Train once without the z-loss and draw the size of logsumexp with and without: sentences."""
-    lr, lines = best["purrception"], []
+def weigh_z_loss(study, axes):
+    """Train once without the z-loss and draw the size of logsumexp with and without. Return sentences."""
+    lines = []
     for label, weight in (("with", 1e-5), ("without", UNWEIGHTED)):
-        run = study.train(Run("purrception", lr, study.seeds[0], weight))
+        run = study.tuned(z_loss=weight)
         steps, z = study.log(run, "z")
         lse = np.sqrt(z / weight)
         axes.plot(steps, lse, label=f"{label} z-loss")
         lines.append(f"{label} z-loss: logsumexp {lse[-1]:.2f} (root mean square, last step), distance {study.score(run):.3f}.")
     axes.set(xlabel="training steps", ylabel="root mean square of logsumexp")
-    axes.legend()
     return lines
 
 
-def embed_time(study, best):
-    """Train with 1000 t in the place of t: sentences."""
-    lr, lines = best["purrception"], []
-    for scale in (1, 1000):
-        runs = [study.train(Run("purrception", lr, seed, time_scale=scale)) for seed in study.seeds]
-        half, final = study.marks[len(study.marks) // 2 - 1], study.steps
-        means = [np.mean([study.score(run, step) for run in runs]) for step in (half, final)]
-        lines.append(f"embedding {scale} t: distance {means[0]:.3f} after {half} steps, {means[1]:.3f} after {final} "
-                     f"(mean of {len(runs)} seeds).")
-    return lines
+def embed_time(study, axes):
+    """Train with 1000 t in the place of t, at the learning rate found for t. Return sentences."""
+    curves = [study.curve(axes, f"embedding of {scale} t", [study.tuned(seed=seed, time_scale=scale) for seed in study.set.seeds])
+              for scale in (1, 1000)]
+    half = len(study.marks) // 2 - 1
+    return [f"embedding {scale} t: distance {curve[:, half].mean():.3f} after {study.marks[half]} steps, "
+            f"{curve[:, -1].mean():.3f} after {study.marks[-1]}." for scale, curve in zip((1, 1000), curves)]
 
 
-def count_steps(study, axes, best):
-    """Score few Euler steps at times (s / T) ** power: sentences."""
-    run, lines = Run("purrception", best["purrception"], study.seeds[0]), []
-    goal = 1.05 * study.score(run, euler=max(study.few))
-    for power in study.powers:
-        scores = [study.score(run, euler=T, power=power) for T in study.few]
-        axes.plot(study.few, scores, marker=".", label=f"t = (s/T)^{power:g}")
-        enough = [T for T, score in zip(study.few, scores) if score <= goal]
-        lines.append(f"times (s/T)^{power:g}: " + ", ".join(f"{T}: {d:.3f}" for T, d in zip(study.few, scores)) + " ("
-                     + (f"{enough[0]} steps are within 5 % of {max(study.few)} uniform ones)." if enough else "none within 5 %)."))
+def count_steps(study, axes):
+    """Score few Euler steps at times (s / T) ** power. Return sentences."""
+    run, few, lines = study.tuned(), study.set.few, []
+    goal = 1.05 * study.score(run, euler=max(few))
+    for power in study.set.powers:
+        scores = [study.score(run, euler=T, power=power) for T in few]
+        axes.plot(few, scores, marker=".", label=f"t = (s/T)^{power:g}")
+        enough = [T for T, score in zip(few, scores) if score <= goal]
+        lines.append(f"times (s/T)^{power:g}: {', '.join(f'{T}: {d:.3f}' for T, d in zip(few, scores))}; within 5 % of "
+                     f"{max(few)} uniform steps: {f'{enough[0]} steps' if enough else 'none'}.")
     axes.axhline(goal, linestyle=":", color="grey")
     axes.set(xlabel="Euler steps", ylabel="Fréchet distance", xscale="log", yscale="log")
-    axes.legend()
     return lines
+
+
+QUESTIONS = {"convergence": compare_objectives, "temperature": sweep_temperature, "logsumexp": weigh_z_loss,
+             "embedding": embed_time, "steps": count_steps}
 
 
 def main():
@@ -293,14 +280,17 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)                                          # train.py writes runs/ where it is started
     study = Study(QUICK if args.quick else FULL, data)
-    names = ("convergence", "temperature", "logsumexp", "steps")
-    figures, axes = zip(*(pyplot.subplots(figsize=(6, 4), layout="constrained") for _ in names))
-    best, lines = compare_objectives(study, axes[0])
-    lines += sweep_temperature(study, axes[1], best)
-    lines += weigh_z_loss(study, axes[2], best)
-    lines += embed_time(study, best)
-    lines += count_steps(study, axes[3], best)
-    for name, figure in zip(names, figures):
+    recipe, chosen = read_json(data / "recipe.json"), study.set
+    lines = [f"{recipe['model']}, batch {recipe['global_batch_size']}, {study.marks[-1]} steps, seeds {chosen.seeds}; "
+             f"{chosen.images} samples of {chosen.euler} Euler steps, without guidance, at tau {TAU}; {study.device.type}, "
+             f"torch {torch.__version__}."]
+    for name, answer in QUESTIONS.items():
+        figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+        try:
+            lines += answer(study, axes)
+        except fid.InputError as error:
+            raise InputError(str(error)) from None
+        axes.legend()
         figure.savefig(f"{name}.png", dpi=120)
     Path("summary.md").write_text("".join(f"- {line}\n" for line in lines))
     print(Path("summary.md").read_text(), end="")

@@ -1,5 +1,6 @@
-"""The study: its arithmetic, and one of a few steps from end to end, without pictures."""
+"""The study: its arithmetic, and one of a few steps from end to end, with axes that draw nothing."""
 import json
+import shutil
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -26,9 +27,9 @@ def small(tiny_data, tiny_size, tmp_path, monkeypatch):
 
 
 def test_a_crossing_lies_between_checkpoints_in_proportion():
-    assert study.crossing([10, 20, 30], [5.0, 3.0, 1.0], 2.0) == 25
-    assert study.crossing([10, 20], [5.0, 3.0], 6.0) == 10
-    assert study.crossing([10, 20], [5.0, 3.0], 2.0) is None
+    assert study.crossing([10, 20, 50], [5.0, 3.0, 1.0], 2.0) == "after 35 of 50 steps, 1.4x sooner"
+    assert study.crossing([10, 20, 30], [1.0, 5.0, 4.0], 2.0) == "before 10 of 30 steps, at least 3.0x sooner"
+    assert study.crossing([10, 20], [5.0, 3.0], 2.0) == "not within 20 steps"
 
 
 def test_uniform_times_are_the_methods_own_sampler():
@@ -51,12 +52,11 @@ def test_another_embedding_of_time_changes_answers_only_meanwhile():
 
 
 def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkeypatch):
-    def answers(it):
-        best, lines = study.compare_objectives(it, MagicMock())
-        return [*lines, *study.sweep_temperature(it, MagicMock(), best), *study.weigh_z_loss(it, MagicMock(), best),
-                *study.embed_time(it, best), *study.count_steps(it, MagicMock(), best)]
+    def answers():
+        it = small()
+        return [line for ask in study.QUESTIONS.values() for line in ask(it, MagicMock(**{"plot.return_value": [MagicMock()]}))]
 
-    lines = answers(small())
+    lines = answers()
     rows = Path("scores.csv").read_text().splitlines()
     assert len(rows) == len({row.rsplit(",", 1)[0] for row in rows})     # no key twice
     assert sum(row.startswith("cfm") for row in rows) == 2 + 1           # two rates at the end, the better one half-way
@@ -64,9 +64,25 @@ def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkey
     assert Path("temperatures.png").exists()
     assert "opt" not in torch.load(next(Path("runs").glob("*/ckpt-0000004.pt")))
 
-    monkeypatch.setattr(study.Study, "measure", None)                    # a second time, all is in the table
+    monkeypatch.setattr(study.fid, "compare", None)                      # a second time, all is in the table
     monkeypatch.setattr(study.train, "main", None)
-    assert answers(small()) == lines
+    assert answers() == lines
+
+
+@pytest.mark.parametrize("killed", ["before its first checkpoint", "between two"])
+def test_a_killed_run_is_finished(small, killed):
+    run = study.Run("cfm", 1e-3, 0)
+    whole = torch.load(small().trained(run).checkpoint(4))
+    run.checkpoint(4).unlink()
+    if killed == "between two":                            # ckpt.pt is then that of step 2
+        shutil.rmtree(run.folder)
+        stopped = small()
+        stopped.marks = range(2, 3, 2)
+        stopped.trained(run)
+    else:
+        (run.folder / "ckpt.pt").unlink()
+    again = torch.load(small().trained(run).checkpoint(4))
+    assert all(torch.equal(again["ema"][key], whole["ema"][key]) for key in whole["ema"])
 
 
 def test_a_folder_of_another_study_is_refused(small):
