@@ -3,21 +3,22 @@
     python tests/bench.py                                    this project against the plain formulas in this file
     python tests/bench.py loss step --repeats 7              some of the rows only
     python tests/bench.py --release path/to/purrception      step, velocity, encode against the authors' release
-    python tests/bench.py --fidelity path/to/torch-fidelity  Inception against theirs, on random weights of the same kind
+    python tests/bench.py --fidelity path/to/torch-fidelity  Inception against theirs, on random weights
     python tests/bench.py --pytorch-fid                      the distance against the installed package of that name
     python tests/bench.py --scale                            how the cost grows with K, with positions, with processes
 
 The release's networks want timm, einops and torchdiffeq installed, pytorch-fid wants torchvision.
 
 Each side of a row runs in a process of its own, the two in turn, so that neither warms a cache for the other; a figure is
-the median over the repeats. Memory is the growth of the process's peak over what it holds before its first run. Run it
-on an idle machine, with OMP_WAIT_POLICY=passive where other programs may interfere.
+the median over the repeats. Memory is how far the process's peak rises above what it holds before its first run (Linux).
+Rows called -bf16 hold our bf16 against float32; the release's own bf16, weights and all, is in step-both-bf16. Run it on an
+idle machine, with OMP_WAIT_POLICY=passive where other programs may interfere.
 """
 import argparse
 import functools
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def network():
     import model
     torch.manual_seed(0)
     net = model.DiT(**model.SIZES["DiT-S/2"])
-    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)       # at zero all logits are equal
+    torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)       # zeros would make the softmax's work too easy
     return net
 
 
@@ -61,20 +62,21 @@ def step(ours, bf16=False, release=None):
     """Prepare one training step of DiT-S/2 on four images: forward, loss, backward, AdamW."""
     import flow
     net = released(release) if release else network()
-    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=ours)
     z, t, y, codes = torch.randn(4, D, SIDE, SIDE), torch.rand(4), torch.arange(4), torch.randint(K, (4, SIDE, SIDE))
+    if release and bf16:                                   # as DeepSpeed has it, but for the float32 copy of the weights
+        net, z, t = net.bfloat16(), z.bfloat16(), t.bfloat16()
+    opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=ours)
     method = flow.Purrception(net, torch.randn(K, D), label_dropout=0) if ours else None
 
     def run():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not release):
             if ours:
                 loss = method.loss(z, t, y, codes)[0]
             elif release:                                  # as its trainer.py, _train_step
-                logits = net(z, t, y, 1.0)
+                logits = net(z, t, y, 1.0)                 # [B,K,h,w]
                 loss = F.cross_entropy(logits, codes) + 1e-5 * torch.logsumexp(logits, dim=1).pow(2).mean()
             else:
-                logits = net(z, t, y).movedim(-1, 1)       # [B,K,h,w], as images are kept elsewhere
-                loss = plain_loss(logits.movedim(1, -1).flatten(0, 2).float(), codes.flatten())
+                loss = plain_loss(net(z, t, y).flatten(0, 2).float(), codes.flatten())
         loss.backward()
         opt.step()
         opt.zero_grad()
@@ -109,10 +111,9 @@ def velocity(ours, bf16=False, release=None):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             if ours:
                 return method.velocity(z, t, y, tau=0.9, cfg=1.3)
-            net = method.model
-            cond, uncond = net(z, t, y).movedim(-1, 1), net(z, t, torch.full_like(y, 1000)).movedim(-1, 1)
-            pi = ((uncond + 1.3 * (cond - uncond)) / 0.9).float().softmax(1)
-            return (torch.einsum("bkhw,kd->bdhw", pi, E) - z) / 0.5
+            cond, uncond = method.model(z, t, y), method.model(z, t, torch.full_like(y, 1000))
+            mu = ((uncond + 1.3 * (cond - uncond)) / 0.9).float().softmax(-1) @ E
+            return (mu.movedim(-1, 1) - z) / 0.5
     return run
 
 
@@ -120,10 +121,11 @@ def encode(ours, release=None):
     """Prepare the encoding of two 256x256 images by vq-f8's network; the release carries CompVis's."""
     import vq
     x = torch.rand(2, 3, 256, 256) * 2 - 1
-    net = vq.VQ().eval()
     if ours:
-        net = net.to(memory_format=torch.channels_last)    # as load_vq does
-    elif release:
+        net = vq.VQ().eval().to(memory_format=torch.channels_last)       # as load_vq does
+    elif not release:
+        net = vq.VQ().eval()
+    else:
         sys.path.insert(0, str(Path(release) / "latent_diffusion"))
         from ldm.modules.diffusionmodules.model import Encoder
         from taming.modules.vqvae.quantize import VectorQuantizer2
@@ -141,7 +143,7 @@ def nearest(ours):
     return lambda: vq.nearest_code(z, E) if ours else torch.cdist(z, E).argmin(1)
 
 
-def frechet(ours, package=False):
+def frechet(ours, **package):
     """Prepare the Fréchet distance at 2048 dimensions."""
     import numpy as np
     from scipy import linalg
@@ -182,20 +184,26 @@ def inception(ours, fidelity=None):
     return run
 
 
-# The bf16 rows are held against the same float32 yardstick. `yardstick` is a flag below and its value.
-PATHS = {"step": step, "step-bf16": lambda ours, **yardstick: step(ours, bf16=ours, **yardstick), "loss": loss,
-         "velocity": velocity, "velocity-bf16": lambda ours, **yardstick: velocity(ours, bf16=ours, **yardstick),
+# knobs: a flag of the command line and its value, for the yardstick's side.
+PATHS = {"step": step, "step-bf16": lambda ours, **knobs: step(ours, bf16=ours, **knobs),
+         "step-both-bf16": functools.partial(step, bf16=True), "loss": loss,
+         "velocity": velocity, "velocity-bf16": lambda ours, **knobs: velocity(ours, bf16=ours, **knobs),
          "nearest": nearest, "encode": encode, "frechet": frechet, "inception": inception}
-AGAINST = {"release": ("step", "step-bf16", "velocity", "velocity-bf16", "encode"), "fidelity": ("inception",),
-           "package": ("frechet",)}
+AGAINST = {"release": ("step", "step-bf16", "step-both-bf16", "velocity", "velocity-bf16", "encode"), "fidelity": ("inception",),
+           "pytorch-fid": ("frechet",)}
 GROWTH = {f"loss, K = {k:,}": functools.partial(loss, codes=k) for k in (1024, 4096, 16384, 65536)} | {
     f"loss, {p:,} positions": functools.partial(loss, positions=p) for p in (1024, 4096, 16384)}
+
+
+def peak():
+    """Return the most memory this process held since the mark was last reset, in MiB."""
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 
 
 def child(path, ours, knobs):
     """Run one side of one row after a warm-up, and print seconds and MiB."""
     run = (PATHS | GROWTH)[path](ours, **({} if ours else knobs))
-    peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # noqa: E731
+    Path("/proc/self/clear_refs").write_text("5")          # reset the mark to what is held now
     before = peak()
     run()
     start = time.perf_counter()
@@ -209,9 +217,10 @@ def compare(path, repeats, knobs):
     for _ in range(repeats):
         for side in results:
             command = [sys.executable, __file__, path, "--child", side, "--knobs", json.dumps(knobs)]
-            results[side].append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+            printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            results[side].append(json.loads(printed.splitlines()[-1]))   # other people's code prints, too
     (t1, m1), (t2, m2) = ([statistics.median(column) for column in zip(*results[side])] for side in results)
-    name = f"{path}, against {'pytorch-fid' if 'package' in knobs else Path(*knobs.values()).resolve().name}" if knobs else path
+    name = path + "".join(f", against {name if value is True else Path(value).resolve().name}" for name, value in knobs.items())
     print(f"| {name} | {t1:.2f} s | {t2:.2f} s | {t2 / t1:.1f}x | {m1:.0f} MiB | {m2:.0f} MiB | {m2 / max(m1, 1):.1f}x |",
           flush=True)
 
@@ -222,9 +231,10 @@ def processes(repeats, steps=60):
         speeds = []
         for i in range(repeats):
             with tempfile.TemporaryDirectory() as folder:
-                subprocess.run([sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", str(ROOT / "train.py"),
-                                "--steps", str(steps), "--log-every", str(steps // 2), "--sample-every", "0", "--name", "x"],
-                               cwd=folder, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(2 // count)})
+                command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", str(ROOT / "train.py"),
+                           "--steps", str(steps), "--log-every", str(steps // 2), "--sample-every", "0", "--name", "x"]
+                subprocess.run(command, cwd=folder, check=True, capture_output=True,
+                               env=os.environ | {"OMP_NUM_THREADS": str(2 // count)})
                 log = Path(folder, "runs/x/log.jsonl").read_text().splitlines()
                 speeds.append(json.loads(log[-1])["images_per_second"])
         print(f"demo training, {count} gloo process{'es' * (count > 1)} with {2 // count} threads each: "
@@ -237,26 +247,23 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side")
     parser.add_argument("--release", help="folder of a checkout of the authors' release, razvanmatisan/purrception")
     parser.add_argument("--fidelity", help="folder of a checkout of torch-fidelity")
-    parser.add_argument("--pytorch-fid", dest="package", action="store_const", const=True, help="the installed pytorch-fid")
+    parser.add_argument("--pytorch-fid", dest="pytorch-fid", action="store_true", help="the installed pytorch-fid")
     parser.add_argument("--scale", action="store_true", help="growth with K, positions and processes instead")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--knobs", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.paths[0], args.child == "ours", args.knobs)
+    yardsticks = [(path, {name: value}) for name in AGAINST if (value := getattr(args, name)) for path in AGAINST[name]]
+    rows = yardsticks or [(path, {}) for path in (GROWTH if args.scale else PATHS)]
+    if unknown := set(args.paths).difference(path for path, _ in rows):
+        parser.error(f"{' '.join(unknown)}: no such row with these flags; there are {', '.join(path for path, _ in rows)}")
     print("| path | ours | yardstick | faster | memory, ours | yardstick | smaller |\n|---|---|---|---|---|---|---|")
-    yardsticks = {name: getattr(args, name) for name in AGAINST if getattr(args, name) is not None}
-    for name, value in yardsticks.items():
-        for path in AGAINST[name]:
-            if not args.paths or path in args.paths:
-                compare(path, args.repeats, {name: value})
+    for path, knobs in rows:
+        if not args.paths or path in args.paths:
+            compare(path, args.repeats, knobs)
     if args.scale:
-        for path in GROWTH:
-            compare(path, args.repeats, {})
         processes(args.repeats)
-    if not yardsticks and not args.scale:
-        for path in args.paths or PATHS:
-            compare(path, args.repeats, {})
 
 
 if __name__ == "__main__":
