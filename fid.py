@@ -11,7 +11,7 @@ of its features; the distance is the one between two Gaussians:
     python fid.py imagenet/val --ref imagenet/val --save-stats val.npz           statistics to use as --ref later on
 
 Either side is a folder of images (searched recursively), an .npz of uint8 images (arr_0, [N,H,W,3]) or an .npz of
-statistics (mu, sigma). In a file that has both the statistics count: ADM's are those of the whole training set. One
+statistics (mu, sigma). In a file that has both, the statistics count: ADM's are those of the whole training set. One
 process on one device computes it all; the number is torch-fidelity's on the same images and weights.
 
 Without --ref, the sidecar that sample.py wrote (samples/ -> samples.json) names the data directory, and meta.json there
@@ -25,6 +25,7 @@ Nichol 2021, openai/guided-diffusion); why the resize matters (Parmar et al. 202
 Shapes: B batch, N images, C channels, H W pixels, D features (2048).
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
@@ -82,11 +83,13 @@ DOWN, FORK = (2, "valid"), [(384, (1, 3)), (384, (3, 1))]
 
 
 def block_a(c_pool):
+    """Describe Mixed_5b, 5c and 5d, whose pooling branch is c_pool wide."""
     return {"branch1x1": [(64, 1)], "branch5x5": [(48, 1), (64, 5)],
             "branch3x3dbl": [(64, 1), (96, 3), (96, 3)], "branch_pool": [(c_pool, 1)]}
 
 
 def block_c(c):
+    """Describe Mixed_6b to 6e, whose convolutions of 7x1 are c wide inside."""
     return {"branch1x1": [(192, 1)], "branch7x7": [(c, 1), (c, (1, 7)), (192, (7, 1))],
             "branch7x7dbl": [(c, 1), (c, (7, 1)), (c, (1, 7)), (c, (7, 1)), (192, (1, 7))],
             "branch_pool": [(192, 1)]}
@@ -178,8 +181,8 @@ class InceptionV3(nn.Module):
 
 
 def resize(x, size=299):
-    """Interpolate [B,C,H,W] linearly as TensorFlow 1 did: output row i lies at i * (H / size), without the shift by
-    half a pixel and without antialiasing."""
+    """Interpolate [B,C,H,W] linearly as TensorFlow 1 did: output row i samples input row i * H / size, without the shift
+    by half a pixel and without antialiasing."""
     for dim in (3, 2):
         n = x.shape[dim]
         at = torch.arange(size, device=x.device) * torch.tensor(n / size, device=x.device)             # [size]
@@ -204,15 +207,14 @@ def load_inception(path=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = {key: value.float() for key, value in state.items() if not key.endswith("num_batches_tracked")}
     except Exception as error:    # a damaged file fails in a dozen ways, from the zip reader to the unpickler
-        raise InputError(f"{path} cannot be read as weights ({type(error).__name__}): delete it and get it again from "
-                         f"{URL}") from error
+        raise InputError(f"{path} cannot be read as weights ({type(error).__name__}): get them again from {URL}") from error
     net = InceptionV3()
-    wanted = {key: value for key, value in net.state_dict().items() if not key.endswith("num_batches_tracked")}
-    for key in [*wanted, *state]:
-        has, needs = (str(tuple(side[key].shape)) if key in side else "missing" for side in (state, wanted))
-        if has != needs:
-            raise InputError(f"{path} is not FID's Inception (nor is torchvision's): {key} is {has} in the file and "
-                             f"{needs} in the network; get the weights from {URL}")
+    want, have = ({key: tuple(value.shape) for key, value in side.items() if not key.endswith("num_batches_tracked")}
+                  for side in (net.state_dict(), state))
+    for key in sorted(want.keys() | have.keys()):
+        if want.get(key) != have.get(key):
+            raise InputError(f"{path} is not FID's Inception (nor is torchvision's): {key} is {have.get(key, 'missing')} in "
+                             f"the file and {want.get(key, 'missing')} in the network; get the weights from {URL}")
     net.load_state_dict(state)
     return net.freeze()
 
@@ -274,11 +276,12 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # ---------------------------------------------------------------------------------------------- sets of images
 
 class Folder(Dataset):
-    """The images below a folder, sorted, as uint8 [H,W,3]. One that cannot be used comes as a sentence instead: out of
-    a worker process an exception would come as a page of traceback."""
+    """The images below a folder, sorted, as uint8 [H,W,3]. One that cannot be used is returned as a sentence: raised in a
+    worker process, an exception would arrive as a page of traceback."""
 
     def __init__(self, path):
-        self.files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
+        self.files = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names
+                            if name.lower().endswith(SUFFIXES))
 
     def __len__(self):
         return len(self.files)
@@ -299,6 +302,7 @@ class Folder(Dataset):
 
 
 def stack(items):
+    """Make a batch [B,H,W,3] of images, or the first sentence among them."""
     sentences = [item for item in items if isinstance(item, str)]
     return sentences[0] if sentences else torch.stack(items)
 
@@ -359,12 +363,13 @@ def open_set(path, features):
 def measure_once(path, images, net, args):
     """Measure an .npz of images on untrained features, or take the statistics an earlier run left beside it.
 
-    They depend on the images and this program alone, whose hash tells whether they still hold.
+    A hash of the images and of this program tells whether they still hold.
     """
     kept = path.with_name(path.stem + ".untrained-stats.npz")
     source = hashlib.sha256(Path(__file__).read_bytes() + path.read_bytes() + b"%d" % len(images)).hexdigest()
-    if kept.exists() and str(read(kept, "source").get("source")) == source:
-        return open_set(kept, "untrained")
+    with contextlib.suppress(InputError):                  # damaged, they are measured again
+        if kept.exists() and str(read(kept, "source").get("source")) == source:
+            return open_set(kept, "untrained")
     stats = measure(images, net, args)
     try:
         save_statistics(kept, stats, features="untrained", source=source)
@@ -374,16 +379,22 @@ def measure_once(path, images, net, args):
 
 
 def save_statistics(path, stats, **about):
+    """Write mu, sigma and their number of images as an .npz, with what else is to be known about them."""
     arrays = {key: value for key, value in zip(("mu", "sigma", "count"), stats) if value is not None}
-    write(path, lambda file: np.savez(file, **arrays, **about))
+    with replacing(path) as file:
+        np.savez(file, **arrays, **about)
 
 
-def write(path, save):
-    """Have save(file) write a file that appears whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(part, "wb") as file:
-        save(file)
-    os.replace(part, path)
+@contextlib.contextmanager
+def replacing(path):
+    """Open a file for writing that takes path's place when all went well."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -403,6 +414,7 @@ def recorded(samples):
 
 
 def read_json(path):
+    """Read a dictionary from a JSON file; a file that does not exist counts as empty."""
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (ValueError, TypeError) as error:
@@ -449,6 +461,7 @@ def compare(args):
 
 
 def main(argv=None):
+    """Read the flags, compare, print the number."""
     parser = argparse.ArgumentParser(description="Fréchet distance between two sets of images.")
     parser.add_argument("samples", type=Path, help="folder of images, or .npz of images or of statistics")
     parser.add_argument("--ref", type=Path, help="the same, to compare with; default: as recorded with samples")
@@ -478,7 +491,8 @@ def main(argv=None):
     except InputError as error:
         sys.exit(f"fid.py: {error}")
     if args.json:
-        write(args.json, lambda file: file.write(json.dumps(result, indent=2, ensure_ascii=False).encode()))
+        with replacing(args.json) as file:
+            file.write(json.dumps(result, indent=2, ensure_ascii=False).encode())
     n1, n2 = (result[key] or "an unknown number of" for key in ("num_samples", "num_reference"))
     print(f"{LABELS[result['features']]} of {n1} images ({result['samples']}) against {n2} ({result['reference']}): "
           f"{result['value']:.4f}")

@@ -8,8 +8,8 @@
     guidance    logits = u + w (c - u),  c with the class, u without
     sampling    for s = 0..T-1: t = s/T, z <- z + v/T; then the nearest code              (Appendix B)
 
-The path is continuous, the belief about its end is a distribution over codes. Nothing here knows the transformer: a
-network is handed in, of which only hidden(z, t, y) and final_layer.linear are called.
+The path is continuous; the belief about its end is a distribution over codes. Nothing here knows the transformer: a network
+is handed in, of which only hidden(z, t, y), final_layer.linear, input_size and num_classes are used (and DFM adds an embedding).
 
 Shapes: B batch, N tokens of p x p positions each (G = p*p), D width, K codes, d code dimension, h w grid, P positions.
 """
@@ -110,8 +110,8 @@ def head_loss(h, weight, bias, target, z_weight):
     """Compute loss, ce, z as linear_cross_entropy does, and the share of positions whose target is the arg max."""
     want = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
     apply = LinearCrossEntropy.apply
-    if torch.compiler.is_compiling():                      # the loop over chunks is to stay a loop; a decorator would load
-        apply = torch.compiler.disable(apply)              # the compiler, a second, whenever this file is imported
+    if torch.compiler.is_compiling():                      # the loop over chunks is to stay a loop. Not a decorator: that
+        apply = torch.compiler.disable(apply)              # would load the compiler, a second, whenever this file is imported
     return apply(h, weight, bias, target, z_weight, want)
 
 
@@ -241,7 +241,7 @@ class Purrception(nn.Module):
     def sample(self, y, steps=100, tau=0.9, cfg=1.0, noise=None):
         """Sample codes [B,h,w] for classes y [B] by `steps` Euler steps, one network call each, from noise [B,d,h,w].
 
-        The authors' release takes steps - 1 steps and divides by 1 - t + 1e-6; here the last step lands on mu exactly.
+        The authors' release takes steps - 1 steps and divides by 1 - t + 1e-6; here the last step lands on mu.
         """
         return self.nearest(self.follow(y, steps, noise, tau=tau, cfg=cfg))
 
@@ -308,7 +308,7 @@ class DFM(Purrception):
     """Unmask codes one by one: masked discrete flow matching (Gat et al. 2024, arXiv 2407.15595), discrete to the end.
 
     The state is a grid of codes, or K where a position is still masked. Schedule kappa = t: at time t a position is
-    masked with probability 1 - t. The network, the same but for its first layer, sees a learned vector a code.
+    masked with probability 1 - t. The network, the same but for its first layer, sees one learned vector per code.
     """
 
     def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):

@@ -6,9 +6,9 @@
     python sample.py --tau 0.9 --cfg-scale 2 --classes siamese calico 0 --num-samples 30 --out cats
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --cfg-scale 1.3 --npz
 
-Image i is a function of (seed, i) alone, up to rounding: its noise is drawn for it alone, its class is the i-th of the classes
-in turn. So one process or eight make the same images, and an interrupted run goes on. Beside the folder samples/ lie
-samples.json, all that is needed to repeat it, and samples.png, a contact sheet. python fid.py samples/ scores it.
+For one checkpoint and one set of flags image i depends on (seed, i) alone, in bf16 up to rounding: its noise is drawn for it
+alone, its class is the i-th of the classes in turn. So one process or eight make the same images, and an interrupted run goes
+on. Beside the folder samples/ lie samples.json, which tells how to repeat it, and samples.png, a contact sheet.
 """
 import argparse
 import zipfile
@@ -20,25 +20,26 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from flow import seeded
-from train import build, half_precision, newest_run, open_data, open_tokenizer
-from vq import (InputError, decode_pixels, join_processes, read_checkpoint, read_json, replacing, run_script, save_image,
-                save_json, sheet, wait)
+from train import PRECISIONS, Formatter, bf16_is_fast, build, half_precision, newest_run, open_data, open_tokenizer
+from vq import (InputError, decode_pixels, first_process_only, join_processes, read_checkpoint, read_json, replacing,
+                run_script, save_image, save_json, sheet, wait)
 
 SHOWN = 100    # images on the contact sheet
 
 
 def load_run(path, device, data=None):
     """Build what a checkpoint describes, on its EMA weights: method, tokenizer, Data, the checkpoint's args and step."""
-    ckpt = read_checkpoint(path)
+    ckpt = read_checkpoint(path, mmap=True)                # the EMA weights are a quarter of it
     if not isinstance(ckpt, dict) or not {"ema", "args", "step"} <= set(ckpt):
         raise InputError(f"--ckpt {path}: not a checkpoint of train.py; give a runs/NAME/ckpt.pt")
     data = open_data(data or ckpt["args"]["data"])
     vq = open_tokenizer(data, device)
-    flow = build(ckpt["args"], data.meta, vq.codebook, data.codes.shape[1])
+    with torch.device("meta"):                             # no use initialising what is overwritten
+        flow = build(ckpt["args"], data.meta, vq.codebook, data.codes.shape[1])
     try:
-        flow.model.load_state_dict(ckpt["ema"])
+        flow.model.load_state_dict(ckpt["ema"], assign=True)
     except RuntimeError as error:
-        raise InputError(f"--ckpt {path}: its weights do not fit {data.path} ({str(error).splitlines()[1].strip()}); name the "
+        raise InputError(f"--ckpt {path}: its weights do not fit {data.path} ({str(error).splitlines()[-1].strip()}); name the "
                          "data it was trained on with --data") from None
     return flow.to(device).eval().requires_grad_(False), vq, data, ckpt["args"], ckpt["step"]
 
@@ -65,7 +66,7 @@ def beside(out, ending):
 
 
 def claim_folder(out, record):
-    """Start the folder's sidecar, or find that it tells of these very images, which then goes on."""
+    """Write the folder's sidecar, or check that the one there describes these same images, so that the run can go on."""
     sidecar = beside(out, ".json")
     if sidecar.exists() and out.exists():
         before = read_json(sidecar)
@@ -93,14 +94,13 @@ def write_npz(out, count):
 
 def fill_folder(draw, args, rank, world, columns):
     """Make the images that are missing in args.out, processes taking turns; then the contact sheet and the npz."""
-    todo = [i for i in range(args.num_samples) if not (args.out / f"{i:06d}.png").exists()][rank::world]
-    wait(world)                                            # every process must have looked before one writes
-    with tqdm(total=len(todo), unit=" images", desc="sample", disable=rank > 0) as bar:
+    todo = [i for i in range(rank, args.num_samples, world) if not (args.out / f"{i:06d}.png").exists()]
+    with tqdm(total=len(todo) * world, unit=" images", desc="sample", disable=rank > 0) as bar:
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
             for i, pixels in zip(batch, draw(batch)):
                 save_image(args.out / f"{i:06d}.png", pixels)
-            bar.update(len(batch))
+            bar.update(len(batch) * world)                 # the others are about as far
     wait(world)
     if rank == 0:
         shown = [np.asarray(Image.open(args.out / f"{i:06d}.png")) for i in range(min(args.num_samples, SHOWN))]
@@ -157,10 +157,10 @@ def film_strip(flow, vq, y, noise, steps, tau, cfg, columns=9):
 def parse(argv):
     """Read the flags: the parser and what it read."""
     parser = argparse.ArgumentParser(description="Sample images from a checkpoint.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=Formatter)
     add = parser.add_argument
     add("--ckpt", type=Path, help="checkpoint; default: the newest run's ckpt.pt")
-    add("--data", help="data directory, where it has moved since training")
+    add("--data", help="data directory, if it has moved since training")
     add("--tau", type=float, nargs="+",
         help="temperature of the posterior, by default 0.9 (dfm: 1); several: one sheet, a row each")
     add("--cfg-scale", type=float, default=1.0, help="guidance; 1: off")
@@ -172,12 +172,14 @@ def parse(argv):
     add("--per-proc-batch-size", type=int, default=64, help="images a process makes at once")
     add("--npz", action="store_true", help="also pack them into OUT.npz, for ADM's evaluator")
     add("--trajectory", action="store_true", help="instead of samples, a film strip of how the first three come about")
-    add("--precision", choices=("auto", "bf16", "float32"), default="auto",
-        help="auto: bf16 on a GPU, float32 on a CPU, where images then repeat exactly whatever the batch")
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="auto: bf16 on a GPU that multiplies it, else float32; on a CPU images then repeat whatever the batch")
     args = parser.parse_args(argv)
     for name in ("steps", "num_samples", "per_proc_batch_size"):
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
+    if args.seed < 0:
+        parser.error(f"--seed {args.seed}: give 0 or a number above it")
     for tau in args.tau or []:
         if not tau > 0:
             parser.error(f"--tau {tau}: give a number above 0; 1e-6 is the arg max")
@@ -202,7 +204,7 @@ def main(argv=None):
     parser, args = parse(argv)
     rank, world, device = join_processes()
     if args.precision == "auto":
-        args.precision = "bf16" if device.type == "cuda" else "float32"
+        args.precision = "bf16" if device.type == "cuda" and bf16_is_fast(device) else "float32"
     ckpt = args.ckpt or newest_run() / "ckpt.pt"
     flow, vq, data, settings, step = load_run(ckpt, device, args.data)
     taus = check_knobs(parser, args, ckpt, settings)
@@ -235,12 +237,11 @@ def main(argv=None):
         print(path)
         return
 
-    if rank == 0:
-        claim_folder(args.out, dict(
-            ckpt=str(Path(ckpt).resolve()), step=step, started=settings["started"], data=str(data.path), tau=taus[0],
-            cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, precision=args.precision,
-            num_samples=args.num_samples))
-    wait(world)
+    record = dict(
+        ckpt=str(Path(ckpt).resolve()), step=step, started=settings["started"], data=str(data.path), tau=taus[0],
+        cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, precision=args.precision,
+        num_samples=args.num_samples)
+    first_process_only(lambda: claim_folder(args.out, record), rank, world)
     fill_folder(draw, args, rank, world, min(10, len(classes)))
 
 

@@ -2,14 +2,14 @@
 
     python train.py                                            the embedded cats, about 5 minutes on 2 CPU cores
     torchrun --nproc_per_node=8 train.py --data data/imagenet --name xl2         the paper's run
-    torchrun --nproc_per_node=8 train.py --name xl2 --resume                     goes on where it stopped, bit for bit
+    torchrun --nproc_per_node=8 train.py --name xl2 --resume       goes on where it stopped; on a CPU bit for bit
     torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ...   on each machine
 
 Defaults are the paper's; recipe.json in the data directory overrides them, and the command line overrides both. A run
 writes runs/NAME/: ckpt.pt (newest), log.jsonl, and samples/ of the EMA weights from one fixed noise.
 
 There is no hidden state: the order of the data is a function of (seed, epoch), the noise of (seed, step), and each process
-takes its slice of both. So one process or eight, interrupted or not, see the same training.
+takes its slice of both. So one process or eight, interrupted or not, see the same training, up to rounding.
 
 Shapes: B global batch, b micro-batch of one process, h w grid of codes.
 """
@@ -17,8 +17,10 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import json
 import math
+import os
 import resource
 import signal
 import sys
@@ -33,10 +35,11 @@ from tqdm import tqdm
 
 from flow import OBJECTIVES, seeded
 from model import SIZES, DiT
-from vq import (SUFFIXES, InputError, decode_pixels, join_processes, load_vq, read_checkpoint, read_json, replacing,
-                run_script, save_image, sheet)
+from vq import (SUFFIXES, InputError, decode_pixels, first_process_only, join_processes, load_vq, read_checkpoint,
+                read_json, replacing, run_script, save_image, sheet)
 
 HERE = Path(__file__).resolve().parent
+PRECISIONS = ("auto", "bf16", "float32")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -79,10 +82,23 @@ def open_data(path):
     if codes.ndim != 3 or len(codes) != len(labels) or len(codes) == 0 or codes.shape[1] != codes.shape[2]:
         raise InputError(f"--data {path}: codes.npy is {codes.shape} and labels.npy {labels.shape}, not [N,h,h] and [N]; "
                          "encode the images again")
+    if twins is not None and twins.shape != codes.shape:
+        raise InputError(f"--data {path}: codes_flip.npy is {twins.shape} and codes.npy {codes.shape}; encode the images again")
     if labels.min() < 0 or labels.max() >= len(meta["classes"]):
         raise InputError(f"--data {path}: labels.npy names class {labels.max()} of {len(meta['classes'])} in meta.json; "
                          "encode the images again")
     return Data(path, codes, twins, labels, meta)
+
+
+def check_codes(data, K, size):
+    """Raise InputError where codes are not among the tokenizer's K, or their grid does not split into the network's patches."""
+    side, p = data.codes.shape[1], SIZES[size]["patch_size"]
+    if side % p:
+        raise InputError(f"--model {size}: its patches of {p} do not fill the {side}x{side} grid of {data.path}; choose another")
+    for name, codes in (("codes.npy", data.codes), ("codes_flip.npy", data.twins)):
+        if codes is not None and codes.max() >= K:
+            raise InputError(f"{data.path / name}: holds code {codes.max()}, and {data.meta['tokenizer']} has only {K}; encode "
+                             "the images again")
 
 
 def open_tokenizer(data, device):
@@ -98,8 +114,8 @@ def epoch_order(N, seed, epoch):
 
 def batch_rows(N, B, seed, step):
     """Return the B rows of a step: the epochs' permutations, one behind the other, cut into batches."""
-    place = np.arange(step * B, (step + 1) * B)
-    return np.array([epoch_order(N, seed, e)[i] for e, i in zip(place // N, place % N)])
+    epochs, places = np.divmod(np.arange(step * B, (step + 1) * B), N)
+    return np.array([epoch_order(N, seed, e)[i] for e, i in zip(epochs, places)])
 
 
 def load_batch(data, rows, mirror, device):
@@ -107,8 +123,7 @@ def load_batch(data, rows, mirror, device):
     codes = data.codes[rows]
     if data.twins is not None:
         codes = np.where(mirror[:, None, None], data.twins[rows], codes)
-    to_device = lambda a: torch.from_numpy(a.astype(np.int64)).to(device, non_blocking=True)  # noqa: E731
-    return to_device(codes), to_device(data.labels[rows])
+    return [torch.from_numpy(a.astype(np.int64)).to(device) for a in (codes, data.labels[rows])]
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -123,13 +138,17 @@ def build(args, meta, codebook, side):
     return method(model, codebook, label_dropout=args["label_dropout"], **knobs)
 
 
+def bf16_is_fast(device):
+    """Tell whether the hardware itself multiplies bf16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
 def half_precision(device, precision):
-    """Return the autocast that `precision` asks for; auto is bf16 wherever the hardware multiplies it."""
-    if precision == "auto":
-        fast = (torch.cuda.is_bf16_supported() if device.type == "cuda" else
-                any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")))
-        precision = "bf16" if fast else "float32"
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Return the autocast that `precision` asks for; auto is bf16 where that is fast."""
+    enabled = precision == "bf16" or precision == "auto" and bf16_is_fast(device)
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
 @torch.no_grad()
@@ -148,29 +167,23 @@ def newest_run(runs=Path("runs")):
     return found[-1].parent
 
 
-def new_run(name, rank, world):
-    """Choose and make the folder of a new run: runs/NAME, or the next free number; process 0 decides for all."""
-    choice = [None, None]                                  # the name; what is wrong with it
-    if rank == 0:
-        numbers = [int(p.name) for p in Path("runs").glob("[0-9]*") if p.name.isdigit()]
-        choice[0] = name or f"{max(numbers, default=0) + 1:03d}"
-        folder = Path("runs") / choice[0]
-        if folder.exists() and any(folder.iterdir()):
-            choice[1] = f"--name {name}: {folder} already holds a run; add --resume to go on with it, or choose another name"
-        else:
-            (folder / "samples").mkdir(parents=True, exist_ok=True)
-    if world > 1:
-        dist.broadcast_object_list(choice)
-    if choice[1]:
-        raise InputError(choice[1])
-    return Path("runs") / choice[0]
+def new_run(name):
+    """Make the folder of a new run: runs/NAME, or the first free number. Raises InputError where NAME has a checkpoint."""
+    if name and (Path("runs") / name / "ckpt.pt").exists():
+        raise InputError(f"--name {name}: runs/{name} already holds a run; add --resume to go on with it, or choose another name")
+    for run in [Path("runs") / name] if name else (Path("runs") / f"{i:03d}" for i in itertools.count(1)):
+        with contextlib.suppress(FileExistsError):         # whoever makes a numbered folder has it
+            (run / "samples").mkdir(parents=True, exist_ok=bool(name))
+            return run
 
 
 def save_checkpoint(path, flow, ema, opt, step, args):
     """Write a checkpoint that torch.load reads with weights_only=True, whole or not at all."""
-    with replacing(path) as partial:
+    with replacing(path) as partial, open(partial, "wb") as file:
         torch.save({"model": flow.model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "step": step,
-                    "args": args}, partial)
+                    "args": args}, file)
+        file.flush()
+        os.fsync(file.fileno())                            # on the disk before it takes the name, should the machine crash
 
 
 def restore(ckpt, path, flow, ema, opt):
@@ -181,17 +194,19 @@ def restore(ckpt, path, flow, ema, opt):
         opt.load_state_dict(ckpt["opt"])
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{path}: does not fit the network the flags describe; resume with the flags it was trained with "
-                         f"({str(error).splitlines()[0]})") from None
+                         f"({str(error).splitlines()[-1].strip()})") from None
 
 
 class Log:
-    """Append to log.jsonl one line a record; a resumed run first drops the lines past its checkpoint."""
+    """Append records to log.jsonl, one line each; a resumed run first drops the lines it will not have, or have again."""
 
-    def __init__(self, path, step):
+    def __init__(self, path, step, every):
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(True) if json.loads(line)["step"] <= step]
+            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # not one cut by a crash
+            numbers = [json.loads(line)["step"] for line in lines]
             with replacing(path) as partial:
-                partial.write_text("".join(kept))
+                partial.write_text("".join(line for line, number in zip(lines, numbers)
+                                           if number <= step and (number % every == 0 or number == 1)))
         self.file = open(path, "a", buffering=1)
 
     def write(self, **record):
@@ -211,7 +226,8 @@ def peak_memory(device):
 def train(args, data, vq, ckpt, run, rank, world, device):
     """Train as args (a plain dict) say, from ckpt where one is given, until args["steps"] steps are done."""
     N, side = data.codes.shape[:2]
-    B, b = args["global_batch_size"], args["global_batch_size"] // (world * args["accumulate"])
+    B = args["global_batch_size"]
+    share, b = B // world, B // (world * args["accumulate"])             # of a process, of a micro-batch
     torch.manual_seed(args["seed"])
     flow = build(args, data.meta, vq.codebook, side).to(device)
     average = copy.deepcopy(flow).requires_grad_(False)    # the same method on the averaged weights
@@ -228,29 +244,28 @@ def train(args, data, vq, ckpt, run, rank, world, device):
 
     stop = []                                              # filled by Ctrl-C or a scheduler's SIGTERM
     handlers = {name: signal.signal(name, lambda *_: stop.append(1)) for name in (signal.SIGINT, signal.SIGTERM)}
-    log = Log(run / "log.jsonl", start) if rank == 0 else None
+    log = Log(run / "log.jsonl", start, args["log_every"]) if rank == 0 else None
     bar = tqdm(total=args["steps"], initial=start, disable=rank > 0, desc=run.name, unit=" steps", smoothing=0.02)
     clock, seen = time.perf_counter(), 0
 
     for step in range(start, args["steps"]):
-        mine = slice(rank * B // world, (rank + 1) * B // world)
+        mine = slice(rank * share, (rank + 1) * share)
         rows = batch_rows(N, B, args["seed"], step)[mine]
         mirror = np.random.default_rng((args["seed"], step, 1)).random(B)[mine] < 0.5
         codes, y = load_batch(data, rows, mirror, device)
         noise = [x[mine] for x in flow.noise(B, side, side, seeded(device, args["seed"], step))]
 
-        stats = 0                                          # means over the batch: the loss and its parts
-        for i in range(0, len(rows), b):
-            last = i + b == len(rows)
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # add gradients up at the last only
+        stats = 0                                          # means over the batch: the loss, its parts, whether to stop
+        for i in range(0, share, b):
+            some, last = slice(i, i + b), i + b == share
+            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # processes add up once, at the last
                 with autocast():
-                    loss, parts = ddp(codes[i:i + b], y[i:i + b], noise=[x[i:i + b] for x in noise])
-                (loss * b / len(rows)).backward()
+                    loss, parts = ddp(codes[some], y[some], noise=[x[some] for x in noise])
+                (loss / args["accumulate"]).backward()
             means = torch.stack([loss.detach(), *parts.values(), torch.full_like(loss, bool(stop))]).float()
-            stats = stats + means * b / len(rows)
+            stats = stats + means / (args["accumulate"] * world)
         if world > 1:
             dist.all_reduce(stats)
-            stats /= world
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args["grad_clip"])
         *means, stopping = stats.tolist()
         if not math.isfinite(means[0]) or not math.isfinite(grad_norm):
@@ -258,7 +273,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
                              f"stopped, the last good checkpoint stays in {run}; resume with a smaller --lr")
         lr = args["lr"] * min(1, (step + 1) / max(1, args["warmup"]))
         for group in opt.param_groups:
-            group["lr"] = lr
+            group.update(lr=lr, weight_decay=args["weight_decay"])       # resuming, the flags win over the checkpoint
         opt.step()
         opt.zero_grad()
         ramp = (1 + step) / (10 + step) if args["ema_ramp"] else 1.0
@@ -266,20 +281,24 @@ def train(args, data, vq, ckpt, run, rank, world, device):
 
         done, seen = step + 1, seen + B
         bar.update()
-        final = done == args["steps"] or stopping > 0
-        if rank == 0 and (done % args["log_every"] == 0 or final or done == 1):
+        due = {flag: args[flag] and (done % args[flag] == 0 or done == args["steps"])
+               for flag in ("log_every", "keep_every", "ckpt_every", "sample_every")}
+        if rank == 0 and (due["log_every"] or done == 1):
             speed = seen / (time.perf_counter() - clock)
             log.write(step=done, **dict(zip(("loss", *parts), means)), grad_norm=grad_norm.item(), lr=lr,
                       images_per_second=round(speed, 2), peak_memory_gib=round(peak_memory(device), 3))
             bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{speed:.0f}/s", refresh=False)
             clock, seen = time.perf_counter(), 0
-        if rank == 0 and args["keep_every"] and done % args["keep_every"] == 0:
-            save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
-        if rank == 0 and (done % args["ckpt_every"] == 0 or final):      # last: resuming, all before it is there
-            save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
-        if rank == 0 and args["sample_every"] and (done % args["sample_every"] == 0 or done == args["steps"]):
-            paint(average, vq, args, run / "samples" / f"{done:07d}.png", autocast)
-            clock, seen = time.perf_counter(), 0
+        if rank == 0:
+            paused = time.perf_counter()
+            if due["keep_every"]:
+                save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
+            if due["ckpt_every"] or stopping > 0:          # after the numbered one, which a resumed run would not write
+                save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
+            if due["sample_every"] and not stopping > 0:
+                with autocast():
+                    paint(average, vq, args, run / "samples" / f"{done:07d}.png")
+            clock += time.perf_counter() - paused          # images/s are those of training
         if stopping > 0:
             break
     bar.close()
@@ -291,23 +310,30 @@ def train(args, data, vq, ckpt, run, rank, world, device):
               f"{'next: python sample.py' if done == args['steps'] else stopped}")
 
 
-def paint(flow, vq, args, path, autocast):
+def paint(flow, vq, args, path):
     """Save a picture of EMA samples from one fixed noise: up to ten classes across, three samples of each."""
     columns, device = min(10, flow.model.num_classes), flow.codebook.device
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.start(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))
     with torch.inference_mode():
         cfg = args["sample_cfg"] if args["label_dropout"] else 1.0       # without dropout "no class" was never trained
-        with autocast():
-            codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
+        codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
         save_image(path, sheet(decode_pixels(vq, codes), columns))
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of a flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse(argv=None):
     """Read the flags. Defaults: the paper's, then recipe.json, then, resuming, the checkpoint's; the command line wins."""
-    parser = argparse.ArgumentParser(description="Train Purrception.", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=Formatter, description="Train Purrception, or a baseline. The defaults "
+                                     "shown are the paper's; recipe.json in the data directory overrides them.")
     add = parser.add_argument
     add("--data", default=str(HERE / "demo"), help="data directory: what vq.py wrote")
     add("--name", help="the run's folder is runs/NAME; default: the next free number")
@@ -315,19 +341,19 @@ def parse(argv=None):
     add("--objective", default="purrception", choices=OBJECTIVES, help="the paper's method, or one of its two baselines")
     add("--model", default="DiT-XL/2", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
     add("--steps", type=int, default=3_500_000, help="training steps")
-    add("--global-batch-size", type=int, default=256, help="images a step, all processes together")
+    add("--global-batch-size", type=int, default=256, help="images per step, all processes together")
     add("--accumulate", type=int, default=1, help="micro-batches a process splits its share into")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
     add("--warmup", type=int, default=0, help="steps over which the learning rate rises")
     add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--grad-clip", type=float, default=1.0, help="gradients longer than this are shortened to it")
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
     add("--ema-ramp", action=argparse.BooleanOptionalAction, default=False,
         help="start with a short average: decay at most (1 + step) / (10 + step)")
     add("--z-loss", type=float, help="weight of the z-loss; default: 1e-5, and none for cfm")
     add("--label-dropout", type=float, default=0.1, help="share of labels dropped, which guidance needs")
     add("--seed", type=int, default=0, help="seed of weights, data order and noise")
-    add("--precision", choices=("auto", "bf16", "float32"), default="auto", help="bf16 autocast where the hardware has it")
+    add("--precision", choices=PRECISIONS, default="auto", help="bf16 autocast where the hardware has it")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the transformer")
     add("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=int, default=5000, help="steps between checkpoints")
@@ -339,7 +365,7 @@ def parse(argv=None):
     run, ckpt = None, None
     if first.resume:
         run = Path("runs") / first.name if first.name else newest_run()
-        ckpt = read_checkpoint(run / "ckpt.pt")
+        ckpt = read_checkpoint(run / "ckpt.pt", mmap=True)
         parser.set_defaults(**ckpt["args"])
     else:
         recipe = Path(first.data) / "recipe.json"
@@ -349,17 +375,17 @@ def parse(argv=None):
             raise InputError(f"{recipe}: {', '.join(unknown)} is no flag of train.py; correct or remove it")
         parser.set_defaults(**settings)
     args = parser.parse_args(argv)
-    for name in ("steps", "global_batch_size", "accumulate", "lr", "grad_clip", "log_every", "ckpt_every"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
-    for name in ("warmup", "keep_every", "sample_every"):
-        if getattr(args, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give 0 or a number above it")
-    for name in ("ema_decay", "label_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number from 0 to below 1")
-    if args.model not in SIZES:
-        parser.error(f"--model {args.model}: choose from {', '.join(SIZES)}")
+    for holds, wanted, names in (
+            (lambda x: x > 0, "a number above 0",
+             ("steps", "global_batch_size", "accumulate", "lr", "grad_clip", "log_every", "ckpt_every")),
+            (lambda x: x >= 0, "0 or a number above it", ("seed", "warmup", "weight_decay", "keep_every", "sample_every")),
+            (lambda x: 0 <= x < 1, "a number from 0 to below 1", ("ema_decay", "label_dropout")),
+            (lambda x: x in SIZES, f"one of {', '.join(SIZES)}", ("model",)),            # these may come from recipe.json
+            (lambda x: x in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}", ("objective",)),
+            (lambda x: x in PRECISIONS, f"one of {', '.join(PRECISIONS)}", ("precision",))):
+        for name in names:
+            if not holds(getattr(args, name)):
+                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {wanted}")
     if args.objective == "cfm" and args.z_loss is not None:
         parser.error("--z-loss: cfm has no logits for it to act on; leave it out")
     if args.objective != "cfm" and args.z_loss is None:
@@ -381,10 +407,9 @@ def main(argv=None):
     settings.setdefault("started", time.strftime("%Y-%m-%d %H:%M:%S"))
     data = open_data(args.data)
     vq = open_tokenizer(data, device)
-    if rank == 0 and data.codes.max() >= len(vq.codebook):
-        raise InputError(f"{data.path}/codes.npy: holds code {data.codes.max()}, and {data.meta['tokenizer']} has only "
-                         f"{len(vq.codebook)}; encode the images again")
-    train(settings, data, vq, ckpt, run or new_run(args.name, rank, world), rank, world, device)
+    first_process_only(lambda: check_codes(data, len(vq.codebook), args.model), rank, world)
+    run = run or first_process_only(lambda: new_run(args.name), rank, world)
+    train(settings, data, vq, ckpt, run, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,21 @@ vq_ds8_c2i.pt, and the files this project trains itself.
 References: VQGAN (Esser et al. 2021, arXiv 2012.09841); latent diffusion (Rombach et al. 2022, CompVis/latent-diffusion);
 LlamaGen (Sun et al. 2024, FoundationVision/LlamaGen).
 
-Shapes: B batch, H W pixels, h w grid of codes (H/8, W/8), K codes, D code dimension, C channels, N images.
+Shapes: B batch, H W pixels, h w grid of codes (H/f, W/f; f = 8 as published), K codes, D code dimension, C channels, N images.
 """
 import argparse
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
 import pickletools
 import re
+import shutil
 import sys
 import zipfile
 from collections import OrderedDict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -178,12 +179,17 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h)))     # [B,3,H,W]
 
 
+def exact_convolutions():
+    """Let cuDNN convolve float32 as float32 meanwhile: TF32's 10 bits, torch's default, change codes."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 class VQ(nn.Module):
     """Autoencode images through a grid of discrete codes; the defaults are vq-f8's.
 
     Key names are CompVis/latent-diffusion's. With l2_norm (LlamaGen) codes and encoder outputs are unit vectors.
-    num_groups is that of all group norms: networks narrower than the published ones want fewer than 32, for a group of
-    one channel forgets how bright its picture is.
+    num_groups is that of every group norm. Networks narrower than the published ones need fewer than 32: a group of a
+    single channel loses its mean, and with it the picture's brightness.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, n_embed=16384, embed_dim=4,
@@ -198,6 +204,8 @@ class VQ(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
+                if module.num_channels % num_groups:
+                    raise ValueError(f"{module.num_channels} channels do not split into {num_groups} groups")
                 module.num_groups = num_groups
 
     @property
@@ -207,8 +215,9 @@ class VQ(nn.Module):
         return F.normalize(E, dim=1) if self.l2_norm else E
 
     def encode(self, x):
-        """Map images [B,3,H,W] in [-1,1] to codes [B,h,w] int64; H and W are multiples of 8 (Eq. 9)."""
-        return self.nearest(self.quant_conv(self.encoder(x)))
+        """Map images [B,3,H,W] in [-1,1] to codes [B,h,w] int64; H and W are multiples of self.factor (Eq. 9)."""
+        with exact_convolutions():
+            return self.nearest(self.quant_conv(self.encoder(x)))
 
     def embed(self, codes):
         """Look up codes [B,h,w] int64: latents z [B,D,h,w]."""
@@ -227,15 +236,16 @@ class VQ(nn.Module):
 
     def decode_latents(self, z):
         """Map latents [B,D,h,w] to images [B,3,H,W], not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        with exact_convolutions():
+            return self.decoder(self.post_quant_conv(z))
 
 
 @torch.no_grad()
 def nearest_code(z, E):
     """Return argmin_k |z - e_k|^2 for every row of z [N,D] among the rows of E [K,D]: int64 [N].
 
-    |z|^2 is the same for all k, so it is enough to compare |e_k|^2 - 2 z.e_k; 2^22 numbers at a time, whatever N, always in
-    the same place: freed and taken anew, such blocks pile up in the heap to sixty times the memory.
+    |z|^2 is the same for all k, so it is enough to compare |e_k|^2 - 2 z.e_k. 2^22 scores at a time go into one buffer, used
+    again for every chunk: a new buffer for each fragmented the heap to sixty times the memory.
     """
     e2, step = E.square().sum(1), max(1, 2 ** 22 // len(E))
     codes, scores = torch.empty(len(z), dtype=torch.long, device=z.device), E.new_empty(min(step, len(z)), len(E))
@@ -248,10 +258,11 @@ def nearest_code(z, E):
 
 # ---------------------------------------------------------------------------------------------- weights
 
-# What a pickle of tensors names, and all that load_vq lets one name; trainers' own objects become inert stubs.
+# The names a pickle of tensors needs. Of others, a trainer's objects and numpy's scalars become inert stubs; the rest is refused.
 TENSOR_GLOBALS = {"collections.OrderedDict", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"} | {
     f"torch.{kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")}
-TRAINER_MODULES = ("pytorch_lightning", "lightning", "argparse.Namespace")
+INERT = re.compile(r"(pytorch_lightning|lightning)\..+|argparse\.Namespace|_codecs\.encode|"
+                   r"numpy\.(dtype|_?core\.multiarray\.scalar)")
 
 
 class Stub:
@@ -266,42 +277,48 @@ class Stub:
 
 def pickled_names(path):
     """Yield the names ("module.name") the pickles of a torch file ask for, without running any of them."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            streams = [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith("data.pkl")]
-    else:                                                  # legacy files: five pickles in a row, then raw numbers
-        streams = [io.BytesIO(Path(path).read_bytes())] * 5
-    for stream in streams:
-        for opcode, argument, _ in pickletools.genops(stream):
-            if opcode.name in ("GLOBAL", "INST"):
-                yield argument.replace(" ", ".")
-            elif opcode.name == "STACK_GLOBAL":            # of a protocol torch.save does not use
-                yield "a name computed on the pickle's stack"
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        if zipfile.is_zipfile(file):
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            streams = [archive.open(name) for name in archive.namelist() if name.endswith("data.pkl")]
+        else:                                              # legacy files: five pickles in a row, then raw numbers
+            file.seek(0)
+            streams = [file] * 5
+        for stream in streams:
+            yield from names_in(stream)
 
 
-def read_checkpoint(path):
+def names_in(stream):
+    """Yield the names one pickle asks for."""
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name in ("GLOBAL", "INST"):
+            yield argument.replace(" ", ".")
+        elif opcode.name == "STACK_GLOBAL":                # of a protocol torch.save does not use
+            yield "a name computed on the pickle's stack"
+
+
+def read_checkpoint(path, mmap=False):
     """Read a torch.save file, zip or legacy, onto the CPU; what its pickle asks to execute is never executed.
 
+    mmap: leave the tensors on the disk until they are used, for who wants a few of many.
     Raises InputError, naming the file, where it is missing, damaged, or asks for anything but tensors and trainer stubs.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; give the path of a checkpoint")
     try:
         names = set(pickled_names(path)) - TENSOR_GLOBALS
-        stubs = [name for name in names if name.startswith(tuple(m + "." for m in TRAINER_MODULES)) or name in TRAINER_MODULES]
-        refused = sorted(names.difference(stubs))
-        if refused:
-            raise InputError(f"{path}: its pickle asks for {', '.join(refused)}, which a file of weights has no use for; "
-                             "it was not loaded; get the file from its original source")
-        inert = [(OrderedDict if name.endswith("Dict") else Stub, name) for name in stubs]  # items only go into a dict
-        with torch.serialization.safe_globals(inert):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+        refused = sorted(name for name in names if not INERT.fullmatch(name))
+        if not refused:
+            inert = [(OrderedDict if name.endswith("Dict") else Stub, name) for name in names]  # items only go into a dict
+            with torch.serialization.safe_globals(inert):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
     except Exception as error:                             # a damaged file fails in a dozen ways
         reason = str(error).split("WeightsUnpickler error: ")[-1].split("\n")[0]  # not torch's advice to run it anyway
         raise InputError(f"{path}: not a readable torch file ({type(error).__name__}: {reason}); "
                          "download or copy it again") from None
+    raise InputError(f"{path}: its pickle asks for {', '.join(refused)}, which tensors do not need; it was not loaded; get "
+                     "another copy, or if you trust its source save its tensors alone")
 
 
 def compvis_name(key, levels):
@@ -312,10 +329,10 @@ def compvis_name(key, levels):
     return re.sub(r"(down|up)\.(\d+)\.res\.", r"\1.\2.block.", key)
 
 
-def first_convs(state, half="encoder.down"):
-    """Name the first convolution of each of the encoder's levels, however few of its tensors are there."""
-    levels = [int(m[1]) for key in state if (m := re.match(rf"{half}\.(\d+)\.", key))]
-    return [f"{half}.{i}.block.0.conv1.weight" for i in range(1 + max(levels, default=0))]
+def first_convs(state):
+    """Name the first convolution of every level that the encoder's keys mention."""
+    levels = [int(m[1]) for key in state if (m := re.match(r"encoder\.down\.(\d+)\.", key))]
+    return [f"encoder.down.{i}.block.0.conv1.weight" for i in range(1 + max(levels, default=0))]
 
 
 def shape_of_network(state, l2_norm):
@@ -336,10 +353,14 @@ def load_vq(path):
     """
     file = read_checkpoint(path)
     keys = {key for key in ("config", "state_dict", "model") if isinstance(file, dict) and isinstance(file.get(key), dict)}
+    kind = "state_dict" if "state_dict" in keys else "model"
+    for key, value in file[kind].items() if kind in keys else ():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise InputError(f"{path}: {key!r} is of type {type(value).__name__}, no tensor; give a tokenizer's file")
     if {"config", "state_dict"} <= keys:
         state, config = dict(file["state_dict"]), file["config"]
-    elif "state_dict" in keys:                             # CompVis: the discriminator and its losses are not needed
-        state, config = {k: v for k, v in file["state_dict"].items() if not k.startswith("loss.")}, None
+    elif "state_dict" in keys:                             # CompVis: without the losses, averages of weights
+        state, config = {k: v for k, v in file["state_dict"].items() if not k.startswith(("loss.", "model_ema."))}, None
     elif "model" in keys:                                  # LlamaGen
         levels = len({m[1] for k in file["model"] if (m := re.match(r"encoder\.conv_blocks\.(\d+)\.", k))})
         state = {compvis_name(k, levels): v for k, v in file["model"].items() if k != "quantize.codebook_used"}
@@ -350,8 +371,11 @@ def load_vq(path):
     for key in ("encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight", *first_convs(state)):
         if key not in state:
             raise InputError(f"{path}: tensor {key} is missing; give the file of a VQ tokenizer, whole")
-    with torch.device("meta"):
-        vq = VQ(**(config or shape_of_network(state, l2_norm="model" in keys)))
+    try:
+        with torch.device("meta"):
+            vq = VQ(**(config or shape_of_network(state, l2_norm="model" in keys)))
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"{path}: describes no network of this family ({error}); give a supported tokenizer's file") from None
     want, have = ({k: tuple(v.shape) for k, v in s.items()} for s in (vq.state_dict(), state))
     for key in sorted(want.keys() | have.keys()):
         if want.get(key) != have.get(key):
@@ -376,9 +400,10 @@ def to_pixels(x):
 def decode_pixels(vq, codes):
     """Decode codes [B,h,w] to pictures uint8 [B,H,W,3] on the CPU, one by one.
 
-    A batch of 256x256 pictures takes a gigabyte and more for each, and convolutions round differently with its size.
+    A batch of 256x256 pictures takes hundreds of MiB for each, and convolutions round differently with its size.
     """
-    return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
+    with torch.autocast(codes.device.type, enabled=False):               # float32 island, whoever calls
+        return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
 
 
 def open_image(path, size):
@@ -387,7 +412,10 @@ def open_image(path, size):
     ADM (openai/guided-diffusion, image_datasets.py) halves with a box filter while twice too large, then resizes bicubically.
     """
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                     # 16-bit grey, which convert() would cut off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        image = image.convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.BOX)
     scale = size / min(image.size)
@@ -398,11 +426,14 @@ def open_image(path, size):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Give a temporary path to write to, which takes path's place when all went well: no half-written files."""
+    """Give a temporary path to write to, which takes path's place when all went well: path is never half-written."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
-    yield partial
-    os.replace(partial, path)
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json(path):
@@ -430,10 +461,9 @@ def sheet(pixels, columns):
     pixels = np.asarray(pixels)
     B, H, W, _ = pixels.shape
     rows = -(-B // columns)
-    page = np.full((rows, H + 2, columns, W + 2, 3), 255, np.uint8)
-    for i in range(B):
-        page[i // columns, 1:-1, i % columns, 1:-1] = pixels[i]
-    return page.reshape(rows * (H + 2), columns * (W + 2), 3)
+    page = np.full((rows * columns, H + 2, W + 2, 3), 255, np.uint8)
+    page[:B, 1:-1, 1:-1] = pixels
+    return page.reshape(rows, columns, H + 2, W + 2, 3).swapaxes(1, 2).reshape(rows * (H + 2), columns * (W + 2), 3)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -447,12 +477,13 @@ def join_processes():
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     gpu = torch.cuda.is_available()
     if gpu and local >= torch.cuda.device_count():
-        raise InputError(f"--nproc_per_node: process {local} has no GPU, there are {torch.cuda.device_count()}; start fewer")
+        raise InputError(f"--nproc_per_node: process {local} finds no GPU of its own; start at most {torch.cuda.device_count()}")
     device = torch.device("cuda", local) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
     if world > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None,
+                                             timeout=timedelta(hours=1))  # process 0 may be saving or painting so long
     return rank, world, device
 
 
@@ -468,16 +499,30 @@ def run_script(main):
         main()
     except InputError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():                 # not after an error: the others may be waiting for this process
+        torch.distributed.destroy_process_group()
+
+
+def first_process_only(action, rank, world):
+    """Have process 0 do something and the others wait; an InputError is raised in all of them. Returns what it returned."""
+    outcome = [None, None]                                 # what came out; what was wrong
+    if rank == 0:
+        try:
+            outcome[0] = action()
+        except InputError as error:
+            outcome[1] = str(error)
+    if world > 1:
+        torch.distributed.broadcast_object_list(outcome)
+    if outcome[1]:
+        raise InputError(outcome[1])
+    return outcome[0]
 
 
 def list_images(root):
     """List an ImageFolder tree: sorted paths, their labels, class names (sub-folders; a flat folder is one class)."""
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give a folder of images, one sub-folder a class")
+        raise InputError(f"{root}: no such folder; give a folder of images, one sub-folder per class")
     pictures = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names
                       if Path(name).suffix.lower() in SUFFIXES)
     if not pictures:
@@ -485,10 +530,9 @@ def list_images(root):
     flat = [p for p in pictures if p.parent == root]
     if flat and len(flat) < len(pictures):
         raise InputError(f"{flat[0]}: lies beside class folders; move it into one of them, or elsewhere")
-    classes = sorted({p.relative_to(root).parts[0] for p in pictures}) if not flat else [root.resolve().name]
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [0 if flat else number[p.relative_to(root).parts[0]] for p in pictures]
-    return pictures, np.array(labels, np.int64), classes
+    names = [root.resolve().name] * len(flat) or [p.relative_to(root).parts[0] for p in pictures]
+    classes, labels = np.unique(names, return_inverse=True)
+    return pictures, labels, classes.tolist()
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -517,7 +561,7 @@ def load_pictures(paths, rows, args):
 def claim_folder(out, task, shapes):
     """Make the arrays `shapes` in the data directory out and note the task; or find it begun, with the same task."""
     note = out / "partial.json"
-    if (out / "meta.json").exists():
+    if (out / "meta.json").exists() and not note.exists():
         raise InputError(f"--out {out}: already holds a finished data set; give another folder")
     if not note.exists():
         out.mkdir(parents=True, exist_ok=True)
@@ -544,15 +588,14 @@ def encode_folder(args, vq, rank, world, device):
     names = "\n".join(str(p.relative_to(args.images)) for p in paths)
     task = dict(tokenizer=str(args.vq.resolve()), tokenizer_bytes=args.vq.stat().st_size, image_size=args.size, flip=args.flip,
                 files=hashlib.sha256(names.encode()).hexdigest())
-    if rank == 0:
-        claim_folder(args.out, task, {kind: (np.uint16, N, side, side) for kind in kinds} | {"done": (np.uint8, N)})
-    wait(world)
-    maps = {kind: np.load(args.out / f"{kind}.npy", mmap_mode="r+") for kind in [*kinds, "done"]}
-    rows = np.flatnonzero(maps["done"] == 0)
+    shapes = {kind: (np.uint16, N, side, side) for kind in kinds} | {"done": (np.uint8, N)}
+    first_process_only(lambda: claim_folder(args.out, task, shapes), rank, world)
+    maps = {kind: np.load(args.out / f"{kind}.npy", mmap_mode="r+") for kind in shapes}
+    todo = np.flatnonzero(maps["done"] == 0)
     wait(world)                                            # every process must have read `done` before one writes it
 
-    with tqdm(total=len(rows), unit=" images", desc="encode", disable=rank > 0, smoothing=0.05) as bar, torch.inference_mode():
-        for rows, pixels, errors in load_pictures(paths, rows[rank::world], args):
+    with tqdm(total=len(todo), unit=" images", desc="encode", disable=rank > 0, smoothing=0.05) as bar, torch.inference_mode():
+        for rows, pixels, errors in load_pictures(paths, todo[rank::world], args):
             rows, good = rows.numpy(), np.array([not e for e in errors])
             for row, error in zip(rows, errors):
                 if error and not args.skip_bad:
@@ -571,12 +614,12 @@ def encode_folder(args, vq, rank, world, device):
 
 
 def finish_folder(out, maps, labels, paths, meta):
-    """Take the rows of files that could not be read out again, and write labels.npy and, last, meta.json."""
+    """Remove the rows of unreadable files, then write labels.npy and, last, meta.json. Interrupted, it can be done again."""
     done = np.array(maps.pop("done"))
     good, skipped = np.flatnonzero(done == 1), [paths[i] for i in np.flatnonzero(done == 2)]
     for kind, codes in maps.items():
         codes.flush()
-        if skipped:
+        if skipped and len(codes) == len(done):            # else done before an interruption
             with replacing(out / f"{kind}.npy") as partial:
                 whole = np.lib.format.open_memmap(partial, "w+", np.uint16, (len(good), *codes.shape[1:]))
                 for i in range(0, len(good), 10000):
@@ -585,7 +628,7 @@ def finish_folder(out, maps, labels, paths, meta):
     with replacing(out / "labels.npy") as partial, open(partial, "wb") as f:
         np.save(f, labels[good])
     save_json(out / "meta.json", dict(meta, skipped=skipped))
-    for name in ("done.npy", "partial.json"):
+    for name in ("partial.json", "done.npy"):              # the note first: without it the folder counts as finished
         (out / name).unlink()
     for path in skipped:
         print(f"skipped {path}: cannot be read")
@@ -597,12 +640,17 @@ def crop_reference(args):
     if args.reference.suffix == ".npz":
         return str(args.reference.resolve())
     paths, _, _ = list_images(args.reference)
-    (args.out / "reference").mkdir(exist_ok=True)
+    folder = args.out / "reference"
+    shutil.rmtree(folder, ignore_errors=True)              # of an interrupted run, perhaps of other pictures
+    folder.mkdir()
     for rows, pixels, errors in tqdm(load_pictures(paths, range(len(paths)), args), desc="crop the reference", unit=" batches"):
         for row, picture, error in zip(rows.tolist(), pixels, errors):
+            if error and not args.skip_bad:
+                raise InputError(f"{paths[row]}: cannot be read ({error}); repeat the command with --skip-bad to leave it out")
             if error:
-                raise InputError(f"{paths[row]}: cannot be read ({error}); remove it")
-            save_image(args.out / "reference" / f"{row:06d}.png", picture)
+                print(f"skipped {paths[row]}: cannot be read")
+            else:
+                save_image(folder / f"{row:06d}.png", picture)
     return "reference"
 
 
@@ -610,7 +658,7 @@ def reconstruct(args, vq, device):
     """Write original | reconstruction for each picture and print its PSNR in dB."""
     args.out.mkdir(parents=True, exist_ok=True)
     for number, path in enumerate(args.reconstruct):
-        row, pixels, error = Pictures([path], [0], args.size)[0]
+        _, pixels, error = Pictures([path], [0], args.size)[0]
         if error:
             raise InputError(f"{path}: cannot be read ({error}); give a picture")
         with torch.inference_mode():
@@ -624,7 +672,7 @@ def reconstruct(args, vq, device):
 def main():
     """Read the flags and encode, or reconstruct."""
     parser = argparse.ArgumentParser(description="Encode a folder of images into codes, or look at reconstructions.")
-    parser.add_argument("images", nargs="?", type=Path, help="ImageFolder tree to encode: a sub-folder a class")
+    parser.add_argument("images", nargs="?", type=Path, help="ImageFolder tree to encode: one sub-folder per class")
     parser.add_argument("--vq", type=Path, required=True, help="tokenizer: vq-f8, LlamaGen's vq_ds8_c2i, or this project's")
     parser.add_argument("--out", type=Path, help="folder to write (default for --reconstruct: reconstructions)")
     parser.add_argument("--size", type=int, default=256, help="side of the centre crop in pixels")
@@ -632,7 +680,8 @@ def main():
     parser.add_argument("--reference", type=Path, help="images (or ADM's .npz) for fid.py to compare with")
     parser.add_argument("--reconstruct", nargs="+", metavar="IMAGE", help="write original | reconstruction of these instead")
     parser.add_argument("--batch-size", type=int, default=32, help="images a process encodes at once")
-    parser.add_argument("--num-workers", type=int, default=min(8, os.cpu_count()), help="decoding processes for each GPU")
+    parser.add_argument("--num-workers", type=int, default=min(8, os.cpu_count()),
+                        help="processes reading images, for each that encodes")
     parser.add_argument("--skip-bad", action="store_true", help="leave out files that cannot be read, and list them")
     args = parser.parse_args()
     if args.batch_size < 1 or args.num_workers < 0:
@@ -643,6 +692,8 @@ def main():
         parser.error("--out is missing: name the data directory to write")
     rank, world, device = join_processes()
     vq = load_vq(args.vq).to(device)
+    if len(vq.codebook) > 2 ** 16:
+        raise InputError(f"--vq {args.vq}: has {len(vq.codebook)} codes; codes.npy holds at most 65,536")
     if args.size % vq.factor or args.size <= 0:
         raise InputError(f"--size {args.size}: give a multiple of {vq.factor}, the pixels a code stands for")
     if args.reconstruct:

@@ -1,12 +1,15 @@
 """Small things to train on: a tokenizer of a few thousand weights and a data directory of forty code grids."""
 import json
+import os
 
-import numpy as np
-import pytest
-import torch
+os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # before torch is imported: these tests are about the CPU
 
-import model
-from vq import VQ
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import model  # noqa: E402
+from vq import VQ  # noqa: E402
 
 TINY_VQ = dict(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4, n_embed=32, embed_dim=4, num_groups=4)
 

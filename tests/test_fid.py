@@ -1,6 +1,8 @@
 """Check fid.py: closed forms of the distance, the published network's shape, every kind of input and refusal."""
 import json
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,7 +218,7 @@ def torchvision_like(state):
 
 
 @pytest.mark.parametrize("change, words", [
-    (torchvision_like, ["fc.weight", "(1000, 2048)", "(1008, 2048)", "torchvision"]),
+    (torchvision_like, ["AuxLogits.fc.weight", "(1000, 768)", "torchvision"]),
     (lambda s: {**s, "AuxLogits.fc.weight": torch.zeros(1000, 768)}, ["AuxLogits.fc.weight", "(1000, 768)", "missing"]),
     (lambda s: {k: v for k, v in s.items() if k != "Mixed_6b.branch1x1.bn.bias"},
      ["Mixed_6b.branch1x1.bn.bias is missing"]),
@@ -240,7 +242,7 @@ def test_loader_refuses_damaged_and_malicious_files(weights, tmp_path):
     (tmp_path / "empty.pth").touch()
     (tmp_path / "text.pth").write_text("<html>404</html>")
     for name in ("evil", "cut", "empty", "text"):
-        with pytest.raises(fid.InputError, match=f"{name}.pth cannot be read as weights .* delete it"):
+        with pytest.raises(fid.InputError, match=f"{name}.pth cannot be read as weights .* again from"):
             fid.load_inception(tmp_path / f"{name}.pth")
     assert not (tmp_path / "executed").exists()
     with pytest.raises(fid.InputError, match="is no file"):
@@ -320,6 +322,13 @@ def test_worker_processes_read_the_same_images(cheap, tmp_path, capsys):
     value, _ = run(capsys, a, "--ref", b)
     fid.main([str(a), "--ref", str(b), "--num-workers", "2", "--batch-size", "2", "--device", "cpu"])
     assert float(capsys.readouterr().out.split()[-1]) == pytest.approx(value, abs=1e-4)
+
+
+def test_linked_folders_are_searched_too(cheap, tmp_path, capsys):
+    a, b = folder(tmp_path / "a", 7), folder(tmp_path / "b", 5, seed=1)
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "class").symlink_to(a)
+    assert run(capsys, tmp_path / "links", "--ref", b)[0] == run(capsys, a, "--ref", b)[0]
 
 
 def test_every_kind_of_image_is_found_and_read(cheap, tmp_path, capsys):
@@ -470,13 +479,12 @@ def test_bad_flags_are_refused(cheap, tmp_path, capsys, monkeypatch):
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     (tmp_path / "out.json").write_text("old")
-    with pytest.raises(KeyboardInterrupt):
-        def interrupted(file):
-            file.write(b"half")
-            raise KeyboardInterrupt
-        fid.write(tmp_path / "out.json", interrupted)
-    assert (tmp_path / "out.json").read_text() == "old"
+    with pytest.raises(KeyboardInterrupt), fid.replacing(tmp_path / "out.json") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "out.json").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_nothing_of_the_project_is_imported():
-    assert not {"vq", "model", "flow", "train", "sample"} & {name for name in vars(fid) if name in sys.modules}
+    command = "import fid, sys; sys.exit(bool({'vq', 'model', 'flow', 'train', 'sample'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", command], cwd=Path(fid.__file__).parent).returncode == 0

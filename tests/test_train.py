@@ -92,6 +92,32 @@ def test_resuming_drops_log_lines_past_the_checkpoint(run):
     assert [r["step"] for r in log] == [1, 2, 3, 4, 5, 6] and log[4]["loss"] > 0
 
 
+def test_the_log_of_N_and_N_steps_is_that_of_2N_between_its_lines_too(run):
+    run("half", "--steps", 7, "--log-every", 4)
+    with open("runs/half/log.jsonl", "a") as f:
+        f.write('{"step": 8, "lo')                         # cut by a crash
+    half = run("half", "--steps", 14, "--log-every", 4, "--resume")
+    assert [r["step"] for r in half[1]] == [1, 4, 8, 12, 14] and half[1] == run("whole", "--steps", 14, "--log-every", 4)[1]
+
+
+def test_flags_of_a_resumed_run_reach_the_optimizer(run):
+    run("a", "--steps", 1, "--weight-decay", 0.5)
+    ckpt, _ = run("a", "--steps", 2, "--resume", "--weight-decay", 0.25)
+    assert [group["weight_decay"] for group in ckpt["opt"]["param_groups"]] == [0.25]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(run):
+    run("a", "--steps", 2)
+    Path("runs/a/ckpt.pt").unlink()
+    _, log = run("a", "--steps", 3)
+    assert [r["step"] for r in log] == [1, 2, 3]
+
+
+def test_pictures_can_be_left_out(run):
+    run("a", "--steps", 2, "--sample-every", 0)
+    assert not list(Path("runs/a/samples").iterdir())
+
+
 def test_resume_alone_takes_the_newest_run_and_its_settings(run):
     run("a", "--steps", 2, "--weight-decay", 0.5)
     train.main(["--resume", "--steps", "3"])
@@ -133,7 +159,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(tmp_path, tiny_data):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "--resume" in out
     ckpt = torch.load(tmp_path / "runs/a/ckpt.pt", weights_only=True)
-    assert ckpt["step"] == json.loads(log.read_text().splitlines()[-1])["step"] > 0
+    assert ckpt["step"] >= json.loads(log.read_text().splitlines()[-1])["step"] > 0
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(run):
@@ -214,6 +240,8 @@ def test_a_folder_of_images_is_refused_with_the_command_that_prepares_it(tmp_pat
     (lambda d: (d / "meta.json").write_text("{"), "meta.json"),
     (lambda d: edit(d, classes=None), "meta.json"),
     (lambda d: (d / "codes.npy").write_bytes((d / "codes.npy").read_bytes()[:300]), "codes.npy"),
+    (lambda d: np.save(d / "codes_flip.npy", np.zeros((2, 4, 4), np.uint16)), "codes_flip.npy"),
+    (lambda d: np.save(d / "codes_flip.npy", np.full((40, 4, 4), 32, np.uint16)), "holds code 32"),
 ])
 def test_a_damaged_data_directory_is_refused_by_the_files_name(run, tiny_data, spoil, message):
     spoil(tiny_data)
@@ -227,9 +255,23 @@ def edit(data, **changes):
     (data / "meta.json").write_text(json.dumps(meta))
 
 
+@pytest.mark.parametrize("recipe", [dict(precision="fp16"), dict(objective="diffusion"), dict(model="DiT-XXL/2")])
+def test_a_recipe_out_of_range_is_refused_as_a_flag_is(recipe, tiny_data, capsys):
+    (tiny_data / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--data", str(tiny_data)])
+    assert caught.value.code == 2 and f"--{next(iter(recipe))} {next(iter(recipe.values()))}" in capsys.readouterr().err
+
+
+def test_a_grid_the_patches_do_not_fill_is_refused(run):
+    with pytest.raises(InputError, match="patches of 8 do not fill the 4x4 grid"):
+        run("a", "--steps", 1, "--model", "DiT-S/8")
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "0"], "--steps 0"), (["--lr", "-1"], "--lr"), (["--ema-decay", "1"], "--ema-decay"),
-    (["--model", "DiT-XXL/2"], "--model"), (["--label-dropout", "1.5"], "--label-dropout"), (["--global-batch-size", "x"], "invalid")])
+    (["--model", "DiT-XXL/2"], "--model"), (["--label-dropout", "1.5"], "--label-dropout"), (["--seed", "-1"], "--seed"),
+    (["--sample-every", "-1"], "--sample-every"), (["--global-batch-size", "x"], "invalid")])
 def test_flags_out_of_range_exit_with_code_2_and_a_sentence(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         train.parse(flags)

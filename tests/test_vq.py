@@ -322,6 +322,16 @@ def test_lightnings_hyper_parameters_do_not_stand_in_the_way(zipped, lightning, 
     assert torch.equal(vq.load_vq(tmp_path / "a.ckpt").codebook, net.codebook)
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_numpy_scalars_and_averaged_weights_do_not_stand_in_the_way(zipped, lightning, tmp_path):
+    net = random_vq(**FOREIGN)
+    file = compvis_file(net, lightning, lr_schedulers=[{"base_lrs": [np.float64(1e-4)]}])
+    file["state_dict"]["model_ema.decay"] = torch.tensor(0.999)
+    torch.save(file, tmp_path / "a.ckpt", _use_new_zipfile_serialization=zipped)
+    lightning.leave()
+    assert torch.equal(vq.load_vq(tmp_path / "a.ckpt").codebook, net.codebook)
+
+
 # ---------------------------------------------------------------------------------------------- unsafe files
 
 class Asks:
@@ -423,7 +433,7 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     refusal(tmp_path)
 
 
-@pytest.mark.parametrize("file", [[], 3, {}, {"ema": {}}, {"state_dict": {}}, {"model": {}}, torch.zeros(3),
+@pytest.mark.parametrize("file", [[], 3, {}, {"ema": {}}, {"state_dict": {}}, {"model": {}}, {"model": {7: torch.zeros(1)}}, torch.zeros(3),
                                   {"state_dict": {"first_stage_model.encoder.conv_in.weight": torch.zeros(3)}}], ids=str)
 def test_a_checkpoint_of_something_else_is_refused(file, tmp_path):
     torch.save(file, tmp_path / "a.pt")
@@ -447,9 +457,8 @@ def test_a_missing_tensor_is_named(tiny, tmp_path):
 
 @pytest.mark.parametrize("key, layout", [
     ("encoder.conv_in.weight", "compvis"), ("encoder.conv_out.weight", "compvis"), ("quantize.embedding.weight", "compvis"),
-    pytest.param("encoder.down.0.block.0.conv1.weight", "llamagen"),
-    pytest.param("encoder.down.1.block.0.conv1.weight", "compvis"),
-    pytest.param("encoder.down.2.block.0.conv1.weight", "llamagen"), ("encoder.down.0.block.0.conv1.bias", "compvis"),
+    ("encoder.down.0.block.0.conv1.weight", "llamagen"), ("encoder.down.1.block.0.conv1.weight", "compvis"),
+    ("encoder.down.2.block.0.conv1.weight", "llamagen"), ("encoder.down.0.block.0.conv1.bias", "compvis"),
     ("encoder.down.2.attn.0.q.weight", "compvis"), ("decoder.up.1.upsample.conv.weight", "llamagen"),
     ("decoder.mid.attn_1.norm.bias", "llamagen")])
 def test_a_tensor_missing_from_a_foreign_file_is_named(key, layout, tmp_path):
@@ -462,6 +471,20 @@ def test_an_unexpected_tensor_is_named_with_its_shape(layout, tiny, tmp_path):
     net = tiny if layout == "own" else random_vq(**FOREIGN)
     write_changed(tmp_path / "a.pt", net, layout, "encoder.extra.weight", torch.zeros(5, 7))
     assert "tensor encoder.extra.weight is (5, 7) in the file and unknown" in refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("key, change", [("encoder.conv_in.weight", 3), ("quantize.embedding.weight", torch.zeros(4)),
+                                         ("encoder.conv_in.weight", torch.zeros(()))])
+@pytest.mark.parametrize("layout", ["compvis", "own"])
+def test_what_describes_no_network_is_refused(key, change, layout, tmp_path):
+    write_changed(tmp_path / "a.pt", random_vq(**FOREIGN), layout, key, change)
+    refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("config", [dict(TINY, colour="red"), dict(TINY, num_groups=3), dict(TINY, ch="8")])
+def test_a_config_that_describes_no_network_is_refused(config, tiny, tmp_path):
+    torch.save({"config": config, "state_dict": tiny.state_dict()}, tmp_path / "a.pt")
+    assert "no network of this family" in refusal(tmp_path / "a.pt")
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(tiny, tmp_path):
@@ -541,6 +564,11 @@ def test_every_kind_of_picture_becomes_rgb(mode, colour, suffix, expected, tmp_p
     assert np.abs(pixels.astype(int) - expected).max() <= (3 if suffix == "jpg" else 0)
 
 
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    Image.fromarray(np.full((32, 32), 40000, np.uint16)).save(tmp_path / "a.png")
+    assert (vq.open_image(tmp_path / "a.png", 32) == 40000 // 256).all()
+
+
 def test_a_palette_becomes_its_colours(tmp_path):
     image = solid((32, 32), RED)
     image.paste(BLUE, (16, 0, 32, 32))
@@ -586,7 +614,7 @@ def test_a_file_takes_its_name_only_when_whole(tmp_path):
     with pytest.raises(RuntimeError), vq.replacing(tmp_path / "a.txt") as partial:
         partial.write_text("ne")
         raise RuntimeError
-    assert (tmp_path / "a.txt").read_text() == "old"
+    assert (tmp_path / "a.txt").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
     with vq.replacing(tmp_path / "a.txt") as partial:
         partial.write_text("new")
     assert (tmp_path / "a.txt").read_text() == "new"
@@ -721,7 +749,27 @@ def test_skip_bad_leaves_pictures_out_and_keeps_codes_and_labels_aligned(content
     good = [p for p in vq.list_images(copied)[0] if p not in bad]
     assert np.array_equal(codes, codes_of(tiny, good)) and labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     assert np.array_equal(np.load(tmp_path / "out" / "codes_flip.npy"), codes_of(tiny, good, flip=True))
-    assert meta["skipped"] == [str(p) for p in bad] and all(str(p) in capsys.readouterr().out for p in bad[:1])
+    printed = capsys.readouterr().out
+    assert meta["skipped"] == [str(p) for p in bad] and all(str(p) in printed for p in bad)
+
+
+@pytest.mark.parametrize("moment", ["labels.npy", "meta.json", "unlink"])
+def test_finishing_can_be_interrupted_anywhere(moment, run, copied, tiny, tmp_path, monkeypatch):
+    replacing, unlink = vq.replacing, Path.unlink
+
+    def kill(path, **_):
+        if path.name == moment or moment == "unlink" and path.name in ("partial.json", "done.npy"):
+            raise KeyboardInterrupt
+        return (unlink if moment == "unlink" else replacing)(path, **_)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(*((Path, "unlink") if moment == "unlink" else (vq, "replacing")), kill)
+        run(copied, "--out", tmp_path / "out", "--skip-bad", "--flip")
+    run(copied, "--out", tmp_path / "out", "--skip-bad", "--flip")
+    good = [p for p in vq.list_images(copied)[0] if p != copied / "bee" / "0.jpg"]
+    codes, labels, meta = data(tmp_path / "out")
+    assert np.array_equal(codes, codes_of(tiny, good)) and len(labels) == 10 and len(meta["skipped"]) == 1
+    assert not list((tmp_path / "out").glob("done.npy")) + list((tmp_path / "out").glob("partial.json"))
 
 
 def test_whatever_a_picture_raises_its_name_is_told(run, images, tmp_path, monkeypatch):
@@ -782,6 +830,12 @@ def test_after_a_bad_reference_picture_the_same_command_goes_on(run, images, cop
     (copied / "bee" / "0.jpg").unlink()
     run(images, "--out", tmp_path / "out", "--reference", copied)
     assert len(data(tmp_path / "out")[0]) == 11 and len(list((tmp_path / "out" / "reference").iterdir())) == 10
+
+
+def test_skip_bad_leaves_reference_pictures_out(run, images, copied, tmp_path):
+    (copied / "bee" / "0.jpg").write_bytes(b"")
+    run(images, "--out", tmp_path / "out", "--reference", copied, "--skip-bad")
+    assert len(list((tmp_path / "out" / "reference").iterdir())) == 10
 
 
 def test_reconstruct_writes_both_pictures_and_prints_their_psnr(run, images, tiny, tmp_path, capsys):
