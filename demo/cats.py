@@ -102,7 +102,7 @@ class Canvas:
         return np.asarray(picture, np.float32) / 255
 
     def paint(self, mask, colour):
-        """Blend the colour [3,1,1], shaded by the light, into the picture; the sum models black fur, too."""
+        """Blend the colour [3,1,1], shaded by the light, which a factor alone would not show on black fur."""
         self.image += mask * (colour * self.light + 40 * (self.light - 0.95) - self.image)
 
 
