@@ -149,18 +149,18 @@ class Purrception(nn.Module):
         """Tell how many numbers the network is to return for each position: K logits."""
         return len(codebook)
 
-    def start(self, B, h, w, generator=None):
+    def start(self, B, generator=None):
         """Draw the noise paths begin with: z0 [B,d,h,w], normal, on the generator's device."""
-        device = self.codebook.device if generator is None else generator.device
-        return torch.randn(B, self.codebook.shape[1], h, w, generator=generator, device=device)
+        side, device = self.model.input_size, self.codebook.device if generator is None else generator.device
+        return torch.randn(B, self.codebook.shape[1], side, side, generator=generator, device=device)
 
-    def noise(self, B, h, w, generator=None):
+    def noise(self, B, generator=None):
         """Draw what one training step needs: times t [B] in [0,1), start(), labels to drop [B] bool.
 
         The authors' release draws t from (0.001, 1) and drops no labels, so its null class is never trained.
         """
         t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
-        return t, self.start(B, h, w, generator), drop < self.label_dropout
+        return t, self.start(B, generator), drop < self.label_dropout
 
     def path(self, z0, codes, t):
         """Go from noise z0 to the codes [B,h,w], as far as t [B] says: z_t = t z1 + (1 - t) z0, [B,d,h,w]."""
@@ -176,7 +176,7 @@ class Purrception(nn.Module):
 
         noise: what noise() draws; drawn from the generator where it is not given.
         """
-        t, z0, drop = self.noise(*codes.shape, generator) if noise is None else noise
+        t, z0, drop = self.noise(len(codes), generator) if noise is None else noise
         if self.label_dropout > 0:
             y = y.masked_fill(drop, self.model.num_classes)
         return self.loss(self.path(z0, codes, t), t, y, codes)
@@ -247,7 +247,7 @@ class Purrception(nn.Module):
 
     def follow(self, y, steps, noise=None, **knobs):
         """Follow the velocity from noise (start()'s where there is none) by `steps` Euler steps: z at t = 1."""
-        z = self.start(len(y), *[self.model.input_size] * 2) if noise is None else noise
+        z = self.start(len(y)) if noise is None else noise
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
             z = z + self.velocity(z, t, y, **knobs) / steps
@@ -317,10 +317,10 @@ class DFM(Purrception):
             model.code_embedder = nn.Embedding(len(codebook) + 1, model.in_channels)
             nn.init.normal_(model.code_embedder.weight, std=0.02)
 
-    def start(self, B, h, w, generator=None):
-        """Draw two uniform numbers a position [B,2,h,w]: when it is unmasked, and what it turns into."""
-        device = self.codebook.device if generator is None else generator.device
-        return torch.rand(B, 2, h, w, generator=generator, device=device)
+    def start(self, B, generator=None):
+        """Draw two uniform numbers per position [B,2,h,w]: when it is unmasked, and what it turns into."""
+        side, device = self.model.input_size, self.codebook.device if generator is None else generator.device
+        return torch.rand(B, 2, side, side, generator=generator, device=device)
 
     def path(self, z0, codes, t):
         """Show the codes [B,h,w] whose time has come and mask the others: [B,h,w] in 0..K."""
@@ -343,7 +343,7 @@ class DFM(Purrception):
         A step of 1/T moves a masked position to code k with probability pi_k / (T (1 - t)). That is to say: each position
         is unmasked in the step that holds a uniform number of its own, and turns into a draw from pi. At T none is masked.
         """
-        noise = self.start(len(y), *[self.model.input_size] * 2) if noise is None else noise
+        noise = self.start(len(y)) if noise is None else noise
         when, which = noise.unbind(1)
         uniform = to_tokens(which, self.patch).flatten(0, 1)             # [BN,G]
 

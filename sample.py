@@ -55,9 +55,9 @@ def pick_classes(wanted, names):
     return [names.index(w) if w in names else int(w) for w in wanted]
 
 
-def initial_noise(flow, indices, grid, seed, device):
+def initial_noise(flow, indices, seed, device):
     """Draw the noise z0 [B,d,h,w] the images `indices` begin with, each from a generator of its own: (seed, i), on the CPU."""
-    return torch.cat([flow.start(1, *grid, seeded("cpu", seed, i)) for i in indices]).to(device)
+    return torch.cat([flow.start(1, seeded("cpu", seed, i)) for i in indices]).to(device)
 
 
 def beside(out, ending):
@@ -213,7 +213,7 @@ def main(argv=None):
 
     def begin(indices):                                    # labels [B] and noise [B,d,h,w]
         y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-        return y, initial_noise(flow, indices, data.codes.shape[1:], args.seed, device)
+        return y, initial_noise(flow, indices, args.seed, device)
 
     @torch.inference_mode()
     def draw(indices, tau=taus[0]):                        # pixels uint8 [B,H,W,3]

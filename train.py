@@ -253,7 +253,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         rows = batch_rows(N, B, args["seed"], step)[mine]
         mirror = np.random.default_rng((args["seed"], step, 1)).random(B)[mine] < 0.5
         codes, y = load_batch(data, rows, mirror, device)
-        noise = [x[mine] for x in flow.noise(B, side, side, seeded(device, args["seed"], step))]
+        noise = [x[mine] for x in flow.noise(B, seeded(device, args["seed"], step))]
 
         stats = 0                                          # means over the batch: the loss, its parts, whether to stop
         for i in range(0, share, b):
@@ -314,7 +314,7 @@ def paint(flow, vq, args, path):
     """Save a picture of EMA samples from one fixed noise: up to ten classes across, three samples of each."""
     columns, device = min(10, flow.model.num_classes), flow.codebook.device
     y = torch.arange(columns, device=device).repeat(3)
-    noise = flow.start(len(y), *[flow.model.input_size] * 2, seeded(device, args["seed"]))
+    noise = flow.start(len(y), seeded(device, args["seed"]))
     with torch.inference_mode():
         cfg = args["sample_cfg"] if args["label_dropout"] else 1.0       # without dropout "no class" was never trained
         codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)

@@ -129,11 +129,11 @@ class Study:
     @torch.inference_mode()
     def samples(self, run, step, tau, euler, power=1.0, images=None):
         """Sample pictures uint8 [N,H,W,3] from a checkpoint; time runs through (s / euler) ** power."""
-        flow, vq, data, *_ = load_run(run.checkpoint(step), self.device)
+        flow, vq, *_ = load_run(run.checkpoint(step), self.device)
         pictures = []
         for some in torch.arange(images or self.set.images).split(64):
             y = (some % flow.model.num_classes).to(self.device)
-            z = initial_noise(flow, some.tolist(), data.codes.shape[1:], 0, self.device)
+            z = initial_noise(flow, some.tolist(), 0, self.device)
             with embedding_of(run.time_scale), self.autocast():
                 if power == 1:
                     codes = flow.sample(y, euler, noise=z, **({} if tau is None else {"tau": tau}))

@@ -107,8 +107,9 @@ def test_dfm_with_a_perfect_posterior_returns_the_data(steps):
 
 def test_the_masked_fraction_at_time_t_is_one_minus_t():
     dfm = perfect_dfm()
+    dfm.model.input_size = 100
     codes, t = torch.randint(K, (3, 100, 100)), torch.tensor([0.0, 0.3, 0.9])
-    z = dfm.path(dfm.start(3, 100, 100), codes, t)
+    z = dfm.path(dfm.start(3), codes, t)
     masked = (z == K).float().mean((1, 2))
     assert (masked - (1 - t)).abs().max() < 0.02 and masked[0] == 1
     assert (z[z != K] == codes[z != K]).all()
