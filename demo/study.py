@@ -40,7 +40,7 @@ from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing
                 save_json, sheet)
 
 FULL = dict(steps=960, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3, 4e-3), images=128, euler=50,
-            taus=(0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5), few=(5, 10, 20, 50, 100), powers=(0.7, 1.0, 1.5))
+            taus=(0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5), few=(5, 10, 20, 50, 100), powers=(0.7, 1.0, 1.5))
 QUICK = dict(steps=240, checkpoints=4, seeds=(0,), rates=(1e-3,), images=64, euler=25,
              taus=(0.1, 0.5, 0.9, 1.2, 1.5), few=(4, 8, 25), powers=(1.0, 1.5))
 TAU = {"purrception": 0.9, "dfm": 1.0, "cfm": None}        # sample.py's defaults
@@ -213,8 +213,8 @@ def sweep_temperature(study, axes):
         axes.plot(taus, scores, marker=".", label=objective)
         best = taus[int(np.argmin(scores))]
         sooner = crossing(study.marks, [study.score(run, step, best) for step in study.marks], cfm)
-        lines.append(f"{objective}: distance by temperature {', '.join(f'{t}: {d:.3f}' for t, d in zip(taus, scores))}; at {best}, "
-                     f"the best, it reaches cfm's final distance {sooner}.")
+        lines.append(f"{objective}: distance by temperature {', '.join(f'{t}: {d:.3f}' for t, d in zip(taus, scores))}; at "
+                     f"{best}, the best, it reaches cfm's final distance {sooner}.")
     axes.axhline(cfm, linestyle="--", color="grey", label="cfm, which has no tau")
     axes.set(xlabel="temperature tau", ylabel="Fréchet distance", yscale="log")
     rows = [study.samples(study.tuned(), study.marks[-1], tau, study.set.euler, images=10) for tau in taus]
