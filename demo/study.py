@@ -41,8 +41,8 @@ from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing
 
 FULL = dict(steps=960, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3, 4e-3), images=128, euler=50,
             taus=(0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5), few=(5, 10, 20, 50, 100), powers=(0.7, 1.0, 1.5))
-QUICK = dict(steps=240, checkpoints=4, seeds=(0,), rates=(1e-3,), images=64, euler=25,
-             taus=(0.1, 0.5, 0.9, 1.2, 1.5), few=(4, 8, 25), powers=(1.0, 1.5))
+QUICK = dict(steps=240, checkpoints=3, seeds=(0,), rates=(2e-3,), images=64, euler=25,
+             taus=(0.1, 0.5, 0.9, 1.5), few=(5, 25), powers=(0.7, 1.0))
 TAU = {"purrception": 0.9, "dfm": 1.0, "cfm": None}        # sample.py's defaults
 UNWEIGHTED = 1e-12     # a z-loss too light to move a weight, by which the log still tells the size of logsumexp
 
