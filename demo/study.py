@@ -1,7 +1,7 @@
 """Show the paper's claims at small scale: Purrception against its two baselines, on the demo's cats.
 
     pip install -r demo/requirements.txt       # matplotlib, for the figures
-    python demo/study.py --quick               # ten minutes on 2 CPU cores: one seed, one learning rate, short runs
+    python demo/study.py --quick               # five minutes on 2 CPU cores: one seed, one learning rate, short runs
     python demo/study.py                       # two hours, 6 GB in study/; interrupted, the same command goes on
 
 One network but for its ends, one batch, one number of steps for the three objectives; the learning rate of each is the
@@ -194,7 +194,7 @@ def compare_objectives(study, axes):
         curves[objective] = study.curve(axes, f"{objective}, lr {best:g}", [study.tuned(objective, seed) for seed in seeds])
         final = curves[objective][:, -1]
         lines.append(f"{objective}: {final.mean():.3f} after {study.marks[-1]} steps ({final.min():.3f} to {final.max():.3f} "
-                     f"over {len(seeds)} seeds); by learning rate, at seed {seeds[0]}: "
+                     f"over seeds {', '.join(map(str, seeds))}); by learning rate, at seed {seeds[0]}: "
                      + ", ".join(f"{run.lr:g}: {study.score(run):.3f}" for run in tried)
                      + "; the best lies at the edge of the grid" * (len(tried) > 1 and best in study.set.rates[::len(tried) - 1])
                      + ".")
@@ -272,7 +272,7 @@ QUESTIONS = {"convergence": compare_objectives, "temperature": sweep_temperature
 def main():
     """Read the flags, answer the questions one by one, write the figures."""
     parser = argparse.ArgumentParser(description="Purrception against its baselines on the demo's cats.")
-    parser.add_argument("--quick", action="store_true", help="one seed, short runs: ten minutes on 2 CPU cores")
+    parser.add_argument("--quick", action="store_true", help="one seed, short runs: five minutes on 2 CPU cores")
     parser.add_argument("--data", type=Path, default=HERE, help="data directory; its recipe.json sets network and batch")
     parser.add_argument("--out", type=Path, help="folder to write; default: study, or study-quick")
     args = parser.parse_args()
