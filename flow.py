@@ -13,6 +13,7 @@ is handed in, of which only hidden(z, t, y), final_layer.linear, input_size and 
 
 Shapes: B batch, N tokens of p x p positions each (G = p*p), D width, K codes, d code dimension, h w grid, P positions.
 """
+import itertools
 import math
 
 import numpy as np
@@ -200,21 +201,16 @@ class Purrception(nn.Module):
         head, width = self.model.final_layer.linear, self.outputs(self.codebook)
         if cfg != 1:                                                     # with and without the class, in one batch
             z2, t2, y2 = torch.cat([z, z]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, self.model.num_classes)])
-            cond, uncond = self.hidden(z2, t2, y2).flatten(0, 1).chunk(2)  # [BN,D] each
-        else:
-            cond = uncond = self.hidden(z, t, y).flatten(0, 1)
-        dtype, step, out = product_dtype(cond), max(1, CHUNK // width), []
-        cond, uncond, W, b = (x.to(dtype) for x in (cond, uncond, head.weight, head.bias))
-        with torch.autocast(z.device.type, enabled=False):               # float32 island: guidance and f
+            c, u = self.hidden(z2, t2, y2).flatten(0, 1).chunk(2)        # [BN,D] each
+            h = torch.lerp(u, c, cfg)                                    # the head is affine: this guides its outputs, too,
+        else:                                                            # at the price of one product instead of two
+            h = self.hidden(z, t, y).flatten(0, 1)
+        dtype, step, out = product_dtype(h), max(1, CHUNK // width), []
+        h, W, b = (x.to(dtype) for x in (h, head.weight, head.bias))
+        with torch.autocast(z.device.type, enabled=False):               # float32 island: f
             for g, (Wg, bg) in enumerate(zip(W.split(width), b.split(width))):  # a position of the patch at a time
-                parts = []
-                for i in range(0, len(cond), step):
-                    some = slice(i, i + step)
-                    x = F.linear(cond[some], Wg, bg).float()             # [n,K]
-                    if cfg != 1:
-                        x = torch.lerp(F.linear(uncond[some], Wg, bg).float(), x, cfg)  # u + w (c - u)
-                    parts.append(f(x, g, some))
-                out.append(torch.cat(parts))                             # [BN,C]
+                chunks = (slice(i, i + step) for i in range(0, len(h), step))
+                out.append(torch.cat([f(F.linear(h[some], Wg, bg).float(), g, some) for some in chunks]))  # [BN,C]
         tokens = torch.stack(out, 1).view(len(z), -1, len(out), out[0].shape[1])  # [B,N,G,C]
         return to_grid(tokens, self.patch, *z.shape[-2:])                # [B,h,w,C]
 
@@ -243,14 +239,13 @@ class Purrception(nn.Module):
 
         The authors' release takes steps - 1 steps and divides by 1 - t + 1e-6; here the last step lands on mu.
         """
-        return self.nearest(self.follow(y, steps, noise, tau=tau, cfg=cfg))
+        return self.nearest(self.follow(y, np.arange(steps + 1) / steps, noise, tau=tau, cfg=cfg))
 
-    def follow(self, y, steps, noise=None, **knobs):
-        """Follow the velocity from noise (start()'s where there is none) by `steps` Euler steps: z at t = 1."""
+    def follow(self, y, times, noise=None, **knobs):
+        """Follow the velocity by Euler steps through times 0..1, from noise (start()'s where there is none): z at t = 1."""
         z = self.start(len(y)) if noise is None else noise
-        for s in range(steps):
-            t = torch.full((len(y),), s / steps, device=z.device)
-            z = z + self.velocity(z, t, y, **knobs) / steps
+        for t, after in itertools.pairwise(times):
+            z = z + (after - t) * self.velocity(z, torch.full((len(y),), t, device=z.device), y, **knobs)
         return z
 
     @torch.no_grad()
@@ -301,7 +296,7 @@ class CFM(Purrception):
     @torch.no_grad()
     def sample(self, y, steps=100, cfg=1.0, noise=None):
         """Sample codes [B,h,w] by Euler steps from noise [B,d,h,w]; the end is on no code, so the nearest is taken."""
-        return self.nearest(self.follow(y, steps, noise, cfg=cfg))
+        return self.nearest(self.follow(y, np.arange(steps + 1) / steps, noise, cfg=cfg))
 
 
 class DFM(Purrception):

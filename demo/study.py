@@ -138,7 +138,7 @@ class Study:
                 if power == 1:
                     codes = flow.sample(y, euler, noise=z, **({} if tau is None else {"tau": tau}))
                 else:
-                    codes = follow_times(flow, y, z, (torch.arange(euler + 1) / euler) ** power, tau)
+                    codes = flow.nearest(flow.follow(y, (np.arange(euler + 1) / euler) ** power, z, tau=tau))
             pictures.append(decode_pixels(vq, codes))
         return torch.cat(pictures).numpy()
 
@@ -165,13 +165,6 @@ class Study:
         axes.fill_between(self.marks, scores.min(0), scores.max(0), alpha=0.2, color=line.get_color())
         axes.set(xlabel="training steps", ylabel="Fréchet distance", yscale="log")
         return scores
-
-
-def follow_times(flow, y, z, times, tau):
-    """Follow Purrception's velocity by Euler steps through any times [T+1] from 0 to 1: codes [B,h,w]."""
-    for t, u in itertools.pairwise(times.tolist()):
-        z = z + (u - t) * flow.velocity(z, torch.full((len(y),), t, device=z.device), y, tau=tau)
-    return flow.nearest(z)
 
 
 def crossing(steps, distances, goal):

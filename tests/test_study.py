@@ -10,7 +10,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import study
-from flow import Purrception
 from model import DiT
 from vq import InputError
 
@@ -30,16 +29,6 @@ def test_a_crossing_lies_between_checkpoints_in_proportion():
     assert study.crossing([10, 20, 50], [5.0, 3.0, 1.0], 2.0) == "after 35 of 50 steps, 1.4x sooner"
     assert study.crossing([10, 20, 30], [1.0, 5.0, 4.0], 2.0) == "before 10 of 30 steps, at least 3.0x sooner"
     assert study.crossing([10, 20], [5.0, 3.0], 2.0) == "not within 20 steps"
-
-
-def test_uniform_times_are_the_methods_own_sampler():
-    torch.manual_seed(0)
-    net = DiT(input_size=4, patch_size=2, in_channels=3, out_channels=7, hidden_size=32, depth=1, num_heads=2, num_classes=2)
-    torch.nn.init.normal_(net.final_layer.linear.weight)
-    flow, y, z = Purrception(net, torch.randn(7, 3)), torch.tensor([0, 1]), torch.randn(2, 3, 4, 4)
-    with torch.no_grad():
-        codes = study.follow_times(flow, y, z, torch.arange(6) / 5, tau=0.9)
-    assert torch.equal(codes, flow.sample(y, 5, tau=0.9, noise=z))
 
 
 def test_another_embedding_of_time_changes_answers_only_meanwhile():
