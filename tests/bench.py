@@ -143,7 +143,7 @@ def nearest(ours):
     return lambda: vq.nearest_code(z, E) if ours else torch.cdist(z, E).argmin(1)
 
 
-def frechet(ours, **package):
+def frechet(ours, package=None):
     """Prepare the Fréchet distance at 2048 dimensions."""
     import numpy as np
     from scipy import linalg
@@ -184,13 +184,12 @@ def inception(ours, fidelity=None):
     return run
 
 
-# knobs: a flag of the command line and its value, for the yardstick's side.
+# knobs: what else the yardstick's side is told: whose code it is, and where.
 PATHS = {"step": step, "step-bf16": lambda ours, **knobs: step(ours, bf16=ours, **knobs),
          "step-both-bf16": functools.partial(step, bf16=True), "loss": loss,
          "velocity": velocity, "velocity-bf16": lambda ours, **knobs: velocity(ours, bf16=ours, **knobs),
          "nearest": nearest, "encode": encode, "frechet": frechet, "inception": inception}
-AGAINST = {"release": ("step", "step-bf16", "step-both-bf16", "velocity", "velocity-bf16", "encode"), "fidelity": ("inception",),
-           "pytorch-fid": ("frechet",)}
+OF_RELEASE = ("step", "step-bf16", "step-both-bf16", "velocity", "velocity-bf16", "encode")
 GROWTH = {f"loss, K = {k:,}": functools.partial(loss, codes=k) for k in (1024, 4096, 16384, 65536)} | {
     f"loss, {p:,} positions": functools.partial(loss, positions=p) for p in (1024, 4096, 16384)}
 
@@ -220,7 +219,7 @@ def compare(path, repeats, knobs):
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[side].append(json.loads(printed.splitlines()[-1]))   # other people's code prints, too
     (t1, m1), (t2, m2) = ([statistics.median(column) for column in zip(*results[side])] for side in results)
-    name = path + "".join(f", against {name if value is True else Path(value).resolve().name}" for name, value in knobs.items())
+    name = path + "".join(f", against {Path(value).resolve().name}" for value in knobs.values())
     print(f"| {name} | {t1:.2f} s | {t2:.2f} s | {t2 / t1:.1f}x | {m1:.0f} MiB | {m2:.0f} MiB | {m2 / max(m1, 1):.1f}x |",
           flush=True)
 
@@ -247,15 +246,21 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="runs of each side")
     parser.add_argument("--release", help="folder of a checkout of the authors' release, razvanmatisan/purrception")
     parser.add_argument("--fidelity", help="folder of a checkout of torch-fidelity")
-    parser.add_argument("--pytorch-fid", dest="pytorch-fid", action="store_true", help="the installed pytorch-fid")
+    parser.add_argument("--pytorch-fid", action="store_true", help="the installed pytorch-fid")
     parser.add_argument("--scale", action="store_true", help="growth with K, positions and processes instead")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--knobs", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(args.paths[0], args.child == "ours", args.knobs)
-    yardsticks = [(path, {name: value}) for name in AGAINST if (value := getattr(args, name)) for path in AGAINST[name]]
-    rows = yardsticks or [(path, {}) for path in (GROWTH if args.scale else PATHS)]
+    rows = []
+    if args.release:
+        rows += [(path, {"release": args.release}) for path in OF_RELEASE]
+    if args.fidelity:
+        rows += [("inception", {"fidelity": args.fidelity})]
+    if args.pytorch_fid:
+        rows += [("frechet", {"package": "pytorch-fid"})]
+    rows = rows or [(path, {}) for path in (GROWTH if args.scale else PATHS)]
     if unknown := set(args.paths).difference(path for path, _ in rows):
         parser.error(f"{' '.join(unknown)}: no such row with these flags; there are {', '.join(path for path, _ in rows)}")
     print("| path | ours | yardstick | faster | memory, ours | yardstick | smaller |\n|---|---|---|---|---|---|---|")
