@@ -207,11 +207,36 @@ class Log:
             with replacing(path) as partial:
                 partial.write_text("".join(line for line, number in zip(lines, numbers)
                                            if number <= step and (number % every == 0 or number == 1)))
-        self.file = open(path, "a", buffering=1)
+        self.file, self.clock, self.seen = open(path, "a", buffering=1), time.perf_counter(), 0
+
+    def speed(self):
+        """Return images per second since the last call; pauses do not count."""
+        seen, seconds = self.seen, time.perf_counter() - self.clock
+        self.clock, self.seen = time.perf_counter(), 0
+        return seen / seconds
+
+    @contextlib.contextmanager
+    def pause(self):
+        """Stop the clock meanwhile."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
     def write(self, **record):
         """Append a line."""
         self.file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def deferred_signals():
+    """Yield a list that Ctrl-C or a scheduler's SIGTERM fills meanwhile, instead of ending the program."""
+    stop = []
+    handlers = {name: signal.signal(name, lambda *_: stop.append(name)) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
 
 
 def peak_memory(device):
@@ -223,8 +248,8 @@ def peak_memory(device):
 
 # ------------------------------------------------------------------------------------------------ the loop
 
-def train(args, data, vq, ckpt, run, rank, world, device):
-    """Train as args (a plain dict) say, from ckpt where one is given, until args["steps"] steps are done."""
+def train(args, data, vq, ckpt, run, stop, rank, world, device):
+    """Train as args (a plain dict) say, from ckpt where one is given, until args["steps"] are done or stop holds something."""
     N, side = data.codes.shape[:2]
     B = args["global_batch_size"]
     share, b = B // world, B // (world * args["accumulate"])             # of a process, of a micro-batch
@@ -242,11 +267,8 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         flow.model.hidden = torch.compile(flow.model.hidden)
     ddp = torch.nn.parallel.DistributedDataParallel(flow, gradient_as_bucket_view=True) if world > 1 else flow
 
-    stop = []                                              # filled by Ctrl-C or a scheduler's SIGTERM
-    handlers = {name: signal.signal(name, lambda *_: stop.append(1)) for name in (signal.SIGINT, signal.SIGTERM)}
     log = Log(run / "log.jsonl", start, args["log_every"]) if rank == 0 else None
     bar = tqdm(total=args["steps"], initial=start, disable=rank > 0, desc=run.name, unit=" steps", smoothing=0.02)
-    clock, seen = time.perf_counter(), 0
 
     for step in range(start, args["steps"]):
         mine = slice(rank * share, (rank + 1) * share)
@@ -279,35 +301,37 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         ramp = (1 + step) / (10 + step) if args["ema_ramp"] else 1.0
         update_ema(ema, flow.model, min(args["ema_decay"], ramp))
 
-        done, seen = step + 1, seen + B
+        done = step + 1
         bar.update()
-        due = {flag: args[flag] and (done % args[flag] == 0 or done == args["steps"])
-               for flag in ("log_every", "keep_every", "ckpt_every", "sample_every")}
-        if rank == 0 and (due["log_every"] or done == 1):
-            speed = seen / (time.perf_counter() - clock)
-            log.write(step=done, **dict(zip(("loss", *parts), means)), grad_norm=grad_norm.item(), lr=lr,
-                      images_per_second=round(speed, 2), peak_memory_gib=round(peak_memory(device), 3))
-            bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{speed:.0f}/s", refresh=False)
-            clock, seen = time.perf_counter(), 0
         if rank == 0:
-            paused = time.perf_counter()
-            if due["keep_every"]:
-                save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
-            if due["ckpt_every"] or stopping > 0:          # after the numbered one, which a resumed run would not write
-                save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
-            if due["sample_every"] and not stopping > 0:
-                with autocast():
-                    paint(average, vq, args, run / "samples" / f"{done:07d}.png")
-            clock += time.perf_counter() - paused          # images/s are those of training
+            log.seen += B
+            if done in (1, args["steps"]) or done % args["log_every"] == 0:
+                speed = log.speed()
+                log.write(step=done, **dict(zip(("loss", *parts), means)), grad_norm=grad_norm.item(), lr=lr,
+                          images_per_second=round(speed, 2), peak_memory_gib=round(peak_memory(device), 3))
+                bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{speed:.0f}/s", refresh=False)
+            with log.pause(), autocast():
+                save_due(run, done, stopping > 0, flow, average, opt, vq, args)
         if stopping > 0:
             break
     bar.close()
-    for name, handler in handlers.items():
-        signal.signal(name, handler)
     if rank == 0:
         stopped = f"stopped by a signal, go on with --name {run.name} --resume"
         print(f"{run}/ckpt.pt: {done} of {args['steps']} steps; "
               f"{'next: python sample.py' if done == args['steps'] else stopped}")
+
+
+def save_due(run, done, stopping, flow, average, opt, vq, args):
+    """Write the checkpoints and the picture that are due after `done` steps."""
+    def due(every):
+        return args[every] and (done % args[every] == 0 or done == args["steps"])
+
+    if due("keep_every"):
+        save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, average.model, opt, done, args)
+    if due("ckpt_every") or stopping:                      # after the numbered one, which a resumed run would not write
+        save_checkpoint(run / "ckpt.pt", flow, average.model, opt, done, args)
+    if due("sample_every") and not stopping:
+        paint(average, vq, args, run / "samples" / f"{done:07d}.png")
 
 
 def paint(flow, vq, args, path):
@@ -409,7 +433,8 @@ def main(argv=None):
     vq = open_tokenizer(data, device)
     first_process_only(lambda: check_codes(data, len(vq.codebook), args.model), rank, world)
     run = run or first_process_only(lambda: new_run(args.name), rank, world)
-    train(settings, data, vq, ckpt, run, rank, world, device)
+    with deferred_signals() as stop:
+        train(settings, data, vq, ckpt, run, stop, rank, world, device)
 
 
 if __name__ == "__main__":
