@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-CHUNK = 2 ** 23    # logits that exist at once: 32 MiB in float32. Larger buys no speed, smaller starves the matrix products.
+CHUNK = 2 ** 23    # logits the loss holds at once: 32 MiB in float32. Larger buys no speed, smaller starves the matrix products.
 
 
 def seeded(device, *key):
@@ -52,6 +52,11 @@ def product_dtype(h):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
 
 
+def recast(x, space):
+    """Convert x to the dtype of space, in space; or return x as it is, where it has that dtype already."""
+    return x if x.dtype == space.dtype else space.copy_(x)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The head's matrix product, softmax, cross-entropy and z-loss, a chunk of logits at a time.
 
@@ -71,28 +76,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         ce, z_sum, hits = (torch.zeros((), dtype=exact, device=h.device) for _ in range(3))
         dh, dW, db = (torch.zeros_like(x, dtype=exact) if want_gradients else None for x in (rows, W, b))
 
+        # Written over again and again: fresh memory for every chunk costs as much as its softmax.
+        product = rows.new_empty(min(step, len(rows)), W.shape[1])
+        wide = product if dtype == exact else torch.empty_like(product, dtype=exact)
+
         with torch.autocast(h.device.type, enabled=False):
             for g in range(G):
                 for i in range(0, len(rows), step):
                     hs, c = rows[i:i + step], target[i:i + step, g, None]
-                    logits = torch.addmm(b[g], hs, W[g].T).to(exact)     # [step,K]
-                    top, best = logits.max(1, keepdim=True)
+                    n = len(hs)
+                    logits = recast(torch.addmm(b[g], hs, W[g].T, out=product[:n]), wide[:n])  # [n,K]
                     of_target = logits.gather(1, c)
-                    logits.sub_(top).exp_()
-                    total = logits.sum(1, keepdim=True)
-                    lse = top + total.log()
+                    rival = logits.scatter_(1, c, -math.inf).amax(1, keepdim=True)   # best of the others: arg max takes 6x
+                    logits.scatter_(1, c, of_target)
+                    torch.softmax(logits, 1, out=logits)                 # pi, whose largest is exp(top - lse)
+                    lse = torch.maximum(of_target, rival) - logits.amax(1, keepdim=True).log()
                     ce += (lse - of_target).sum()
                     z_sum += lse.square().sum()
-                    hits += (best == c).sum()
-                    if want_gradients:                                   # in place: exp(logit - top) becomes dlogit
-                        logits.mul_((1 + 2 * z_weight * lse) / total)
-                        logits.scatter_add_(1, c, torch.full_like(of_target, -1))
+                    hits += (of_target > rival).sum()
+                    if want_gradients:                                   # in place: pi becomes dlogit
+                        logits.mul_(1 + 2 * z_weight * lse).scatter_add_(1, c, torch.full_like(of_target, -1))
                         db[g] += logits.sum(0)
-                        dlogits = logits.to(dtype)
+                        dlogits = recast(logits, product[:n])
                         dh[i:i + step] += dlogits @ W[g]
                         dW[g] += dlogits.T @ hs
-                        del dlogits
-                    del logits                                           # before the next chunk takes its place
 
         if want_gradients:
             ctx.save_for_backward(*(d.div_(P).view_as(x).to(x.dtype) for d, x in zip((dh, dW, db), (h, weight, bias))))
@@ -205,7 +212,7 @@ class Purrception(nn.Module):
             h = torch.lerp(u, c, cfg)                                    # the head is affine: this guides its outputs, too,
         else:                                                            # at the price of one product instead of two
             h = self.hidden(z, t, y).flatten(0, 1)
-        dtype, step, out = product_dtype(h), max(1, CHUNK // width), []
+        dtype, step, out = product_dtype(h), max(1, CHUNK // 2 // width), []            # half: f may need some of its own
         h, W, b = (x.to(dtype) for x in (h, head.weight, head.bias))
         with torch.autocast(z.device.type, enabled=False):               # float32 island: f
             for g, (Wg, bg) in enumerate(zip(W.split(width), b.split(width))):  # a position of the patch at a time
