@@ -1,0 +1,74 @@
+"""The making of the demo: its optimizer, its codebook, and a small data directory from end to end."""
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
+import make
+from train import open_data
+from vq import VQ, from_pixels, load_vq
+
+SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, n_embed=16, embed_dim=4, num_groups=2)
+
+
+@pytest.fixture
+def vq():
+    torch.manual_seed(0)
+    return VQ(**SMALL)
+
+
+def test_muon_moves_a_kernel_equally_along_all_its_singular_vectors(vq):
+    before = {name: p.detach().clone() for name, p in vq.named_parameters()}
+    vq.quantize.embedding.weight.requires_grad_(False)
+    opt = make.MuonAndAdamW(vq, lr=0.5, steps=10**6)
+    vq.decode_latents(vq.quant_conv(vq.encoder(torch.rand(2, 3, 16, 16)))).square().mean().backward()
+    opt.step()
+    moved = {name: p.detach() - before[name] for name, p in vq.named_parameters()}
+    sizes = torch.linalg.svdvals(moved["decoder.mid.block_1.conv1.weight"].flatten(1)) / (0.5 / 100)     # first of 100 warm-up steps
+    assert sizes.min() > 0.5 and sizes.max() < 1.5         # torch's Newton-Schulz iteration gives no more
+    assert moved.pop("quantize.embedding.weight").eq(0).all()
+    assert all(delta.any() for name, delta in moved.items() if "attn" not in name)       # q and k hardly matter to one step
+    assert all(p.grad is None for p in vq.parameters())
+
+
+def test_standardising_the_codes_changes_no_code_and_no_picture(vq):
+    torch.nn.init.normal_(vq.quantize.embedding.weight, mean=2, std=0.3)
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        codes = vq.encode(x)
+        picture = vq.decode(codes)
+        make.standardise(vq)
+        assert torch.equal(vq.encode(x), codes)
+        torch.testing.assert_close(vq.decode(codes), picture, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(vq.codebook.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
+    torch.testing.assert_close(vq.codebook.square().mean(), torch.tensor(1.0))
+
+
+def test_the_moving_codebook_goes_to_the_means_and_revives_dead_codes():
+    E = torch.tensor([[0.0, 0.0], [10.0, 10.0], [99.0, 99.0]])
+    h = torch.tensor([[1.0, 1.0], [3.0, 1.0], [8.0, 8.0]])
+    codebook = make.MovingCodebook(E, decay=0.5)
+    for _ in range(40):
+        codebook.update(h, torch.tensor([0, 0, 1]))
+    torch.testing.assert_close(E[:2], torch.tensor([[2.0, 1.0], [8.0, 8.0]]), atol=1e-3, rtol=0)
+    assert codebook.replant(h) == 1
+    assert (E[2] == h).all(1).any()
+
+
+def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "CONFIG", SMALL | dict(ch_mult=(1, 1, 1, 1)))
+    monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path), "--num-images", "20", "--num-reference", "5",
+                                      "--steps", "3", "--batch-size", "4"])
+    make.main()
+    data = open_data(tmp_path)
+    vq = load_vq(tmp_path / data.meta["tokenizer"])
+    images, labels = make.cats(20, make.TRAIN_SEED)
+    assert data.codes.shape == (20, 8, 8) and (data.labels == labels).all()
+    assert torch.equal(make.encode(vq, torch.from_numpy(images), torch.device("cpu")), torch.from_numpy(data.codes.astype(np.int64)))
+    assert vq.decode(vq.encode(from_pixels(images))).isfinite().all()
+    assert (np.load(tmp_path / "reference.npz")["arr_0"] == make.cats(5, make.HELD_OUT_SEED)[0]).all()
+    assert json.loads((tmp_path / "recipe.json").read_text()) == make.RECIPE
