@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 from vq import VQ, from_pixels, nearest_code, replacing  # noqa: E402
 
 CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_embed=1024, embed_dim=4, num_groups=8)
-RECIPE = dict(model="DiT-demo/2", steps=2000, global_batch_size=64, lr=1e-3, warmup=100, ema_decay=0.998, ema_ramp=True,
+RECIPE = dict(model="DiT-demo/2", steps=2000, global_batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, ema_ramp=True,
               log_every=50, ckpt_every=500, sample_every=500)
 TRAIN_SEED, HELD_OUT_SEED = 0, 1
 
