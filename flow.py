@@ -118,7 +118,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def head_loss(h, weight, bias, target, z_weight):
-    """Compute loss, ce, z as linear_cross_entropy does, and the share of positions whose target is the arg max."""
+    """Compute loss, ce, z as linear_cross_entropy does, and the share of positions whose target leads all other codes."""
     want = torch.is_grad_enabled() and any(x.requires_grad for x in (h, weight, bias))
     apply = LinearCrossEntropy.apply
     if torch.compiler.is_compiling():                      # the loop over chunks is to stay a loop. Not a decorator: that
@@ -131,7 +131,8 @@ def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
 
     h [...,D]; weight [G*K,D] and bias [G*K], the head; target [...] int64, or [...,G] where a row carries G positions.
     Returns scalars loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2), means over all positions.
-    Only loss has gradients. Extra memory: one chunk of logits and the gradients themselves.
+    Only loss has gradients, and sends them back once: RuntimeError at a second backward(). Extra memory: one chunk of logits
+    and the gradients themselves.
     """
     return head_loss(h, weight, bias, target, z_weight)[:3]
 

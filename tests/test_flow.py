@@ -478,6 +478,15 @@ def test_steps_are_calls_at_s_over_t_and_the_last_lands_on_the_mean(steps, cfg):
     torch.testing.assert_close(landed[0], mu, atol=1e-5, rtol=1e-5)
 
 
+def test_the_path_may_be_followed_through_any_times():
+    f, (z0, _, y, _) = method(), point()
+    assert f.nearest(f.follow(y, torch.arange(6) / 5, z0, tau=0.9)).equal(f.sample(y, 5, tau=0.9, noise=z0))
+    z = z0
+    for t, dt in ((0.0, 0.1), (0.1, 0.4), (0.5, 0.5)):
+        z = z + dt * (plain_mean(f, z, torch.full((3,), t), y, 0.9) - z) / (1 - t)
+    torch.testing.assert_close(f.follow(y, [0.0, 0.1, 0.5, 1.0], z0, tau=0.9), z, atol=1e-5, rtol=1e-5)
+
+
 def test_sample_is_a_function_of_the_noise_image_by_image():
     f, (z, _, y, _) = method(), point()
     codes = f.sample(y, 5, noise=z)

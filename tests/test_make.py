@@ -9,26 +9,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import make
+from conftest import TINY_VQ
 from train import open_data
 from vq import VQ, from_pixels, load_vq
-
-SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, z_channels=8, n_embed=16, embed_dim=4, num_groups=2)
 
 
 @pytest.fixture
 def vq():
     torch.manual_seed(0)
-    return VQ(**SMALL)
+    return VQ(**TINY_VQ)
 
 
 def test_muon_moves_a_kernel_equally_along_all_its_singular_vectors(vq):
     before = {name: p.detach().clone() for name, p in vq.named_parameters()}
     vq.quantize.embedding.weight.requires_grad_(False)
     opt = make.MuonAndAdamW(vq, lr=0.5, steps=10**6)
-    vq.decode_latents(vq.quant_conv(vq.encoder(torch.rand(2, 3, 16, 16)))).square().mean().backward()
+    vq.decode_latents(vq.quant_conv(vq.encoder(torch.randn(4, 3, 64, 64)))).square().mean().backward()
     opt.step()
     moved = {name: p.detach() - before[name] for name, p in vq.named_parameters()}
-    sizes = torch.linalg.svdvals(moved["decoder.mid.block_1.conv1.weight"].flatten(1)) / (0.5 / 100)     # first of 100 warm-up steps
+    sizes = torch.linalg.svdvals(moved["decoder.mid.block_1.conv1.weight"].flatten(1)) / (0.5 / 100)    # first of 100 warm-up steps
     assert sizes.min() > 0.5 and sizes.max() < 1.5         # torch's Newton-Schulz iteration gives no more
     assert moved.pop("quantize.embedding.weight").eq(0).all()
     assert all(delta.any() for name, delta in moved.items() if "attn" not in name)       # q and k hardly matter to one step
@@ -60,7 +59,7 @@ def test_the_moving_codebook_goes_to_the_means_and_revives_dead_codes():
 
 
 def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(make, "CONFIG", SMALL | dict(ch_mult=(1, 1, 1, 1)))
+    monkeypatch.setattr(make, "CONFIG", TINY_VQ)
     monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path), "--num-images", "20", "--num-reference", "5",
                                       "--steps", "3", "--batch-size", "4"])
     make.main()
