@@ -57,63 +57,67 @@ def recast(x, space):
     return x if x.dtype == space.dtype else space.copy_(x)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The head's matrix product, softmax, cross-entropy and z-loss, a chunk of logits at a time.
+def head_and_loss(h, weight, bias, target, z_weight, dtype, want_gradients):
+    """Multiply by the head, a chunk of logits at a time: ce, z, accuracy, and if wanted the gradients of ce + z.
 
     The gradient of ce + z with respect to one position's logits is  pi (1 + 2 z_weight lse) - onehot(c),  so it is known
     as soon as the logits are: it is formed in their place, multiplied into the gradients of h and of the weights, and
-    dropped. backward() scales the result and hands it over, once.
+    dropped. dtype: that of the matrix products.
     """
+    P, exact = target.numel(), torch.promote_types(dtype, torch.float32)  # float32 island; float64 stays
+    rows = h.detach().flatten(0, -2).to(dtype)                           # [R,D], a row for G positions
+    target = target.reshape(len(rows), -1)                               # [R,G]
+    G, step = target.shape[1], max(1, CHUNK * target.shape[1] // len(weight))
+    W, b = weight.detach().to(dtype).view(G, -1, rows.shape[1]), bias.detach().to(dtype).view(G, -1)  # [G,K,D], [G,K]
+    ce, z_sum, hits = (torch.zeros((), dtype=exact, device=h.device) for _ in range(3))
+    dh, dW, db = (torch.zeros_like(x, dtype=exact) if want_gradients else None for x in (rows, W, b))
+
+    # Written over again and again: fresh memory for every chunk costs as much as its softmax.
+    product, update = rows.new_empty(min(step, len(rows)), W.shape[1]), torch.empty_like(W[0])
+    wide = product if dtype == exact else torch.empty_like(product, dtype=exact)
+
+    with torch.autocast(h.device.type, enabled=False):
+        for g in range(G):
+            for i in range(0, len(rows), step):
+                hs, c = rows[i:i + step], target[i:i + step, g, None]
+                n = len(hs)
+                logits = recast(torch.addmm(b[g], hs, W[g].T, out=product[:n]), wide[:n])  # [n,K]
+                of_target = logits.gather(1, c)
+                rival = logits.scatter_(1, c, -math.inf).amax(1, keepdim=True)   # best of the others: arg max takes 6x
+                logits.scatter_(1, c, of_target)
+                torch.softmax(logits, 1, out=logits)                     # pi, whose largest is exp(top - lse)
+                lse = torch.maximum(of_target, rival) - logits.amax(1, keepdim=True).log()
+                ce += (lse - of_target).sum()
+                z_sum += lse.square().sum()
+                hits += (of_target > rival).sum()
+                if want_gradients:                                       # in place: pi becomes dlogit
+                    logits.mul_(1 + 2 * z_weight * lse).scatter_add_(1, c, torch.full_like(of_target, -1))
+                    db[g] += logits.sum(0)
+                    dlogits = recast(logits, product[:n])
+                    dh[i:i + step] += dlogits @ W[g]
+                    dW[g] += torch.mm(dlogits.T, hs, out=update)
+
+    gradients = [d.div_(P).view_as(x).to(x.dtype) for d, x in zip((dh, dW, db), (h, weight, bias))] if want_gradients else None
+    return ce / P, z_weight * z_sum / P, hits / P, gradients
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Form the loss and its gradients in one pass; backward() scales these and hands them over, as they are."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, z_weight, want_gradients):
-        dtype, P = product_dtype(h), target.numel()
-        exact = torch.promote_types(dtype, torch.float32)                # float32 island; float64 stays
-        rows = h.detach().flatten(0, -2).to(dtype)                       # [R,D], a row for G positions
-        target = target.reshape(len(rows), -1)                           # [R,G]
-        G, step = target.shape[1], max(1, CHUNK * target.shape[1] // len(weight))
-        W, b = weight.detach().to(dtype).view(G, -1, rows.shape[1]), bias.detach().to(dtype).view(G, -1)  # [G,K,D], [G,K]
-        ce, z_sum, hits = (torch.zeros((), dtype=exact, device=h.device) for _ in range(3))
-        dh, dW, db = (torch.zeros_like(x, dtype=exact) if want_gradients else None for x in (rows, W, b))
-
-        # Written over again and again: fresh memory for every chunk costs as much as its softmax.
-        product, update = rows.new_empty(min(step, len(rows)), W.shape[1]), torch.empty_like(W[0])
-        wide = product if dtype == exact else torch.empty_like(product, dtype=exact)
-
-        with torch.autocast(h.device.type, enabled=False):
-            for g in range(G):
-                for i in range(0, len(rows), step):
-                    hs, c = rows[i:i + step], target[i:i + step, g, None]
-                    n = len(hs)
-                    logits = recast(torch.addmm(b[g], hs, W[g].T, out=product[:n]), wide[:n])  # [n,K]
-                    of_target = logits.gather(1, c)
-                    rival = logits.scatter_(1, c, -math.inf).amax(1, keepdim=True)   # best of the others: arg max takes 6x
-                    logits.scatter_(1, c, of_target)
-                    torch.softmax(logits, 1, out=logits)                 # pi, whose largest is exp(top - lse)
-                    lse = torch.maximum(of_target, rival) - logits.amax(1, keepdim=True).log()
-                    ce += (lse - of_target).sum()
-                    z_sum += lse.square().sum()
-                    hits += (of_target > rival).sum()
-                    if want_gradients:                                   # in place: pi becomes dlogit
-                        logits.mul_(1 + 2 * z_weight * lse).scatter_add_(1, c, torch.full_like(of_target, -1))
-                        db[g] += logits.sum(0)
-                        dlogits = recast(logits, product[:n])
-                        dh[i:i + step] += dlogits @ W[g]
-                        dW[g] += torch.mm(dlogits.T, hs, out=update)
-
-        if want_gradients:
-            ctx.gradients = [d.div_(P).view_as(x).to(x.dtype) for d, x in zip((dh, dW, db), (h, weight, bias))]
-        ce, z_loss = ce / P, z_weight * z_sum / P
-        outputs = ce + z_loss, ce, z_loss, hits / P
+        ctx.settings = z_weight, product_dtype(h)
+        ce, z, accuracy, ctx.gradients = head_and_loss(h, weight, bias, target, *ctx.settings, want_gradients)
+        ctx.save_for_backward(h, weight, bias, target)
+        outputs = ce + z, ce, z, accuracy
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        if ctx.gradients is None:
-            raise RuntimeError("linear_cross_entropy sends its gradients back once; compute the loss a second time")
-        gradients, ctx.gradients = ctx.gradients, None     # handed over: a copy of the head's would be 100 MB for DiT-S/2
+        # Handed over, not copied: the head's is 100 MB for DiT-S/2. Whoever comes again (retain_graph) pays another pass.
+        gradients, ctx.gradients = ctx.gradients or head_and_loss(*ctx.saved_tensors, *ctx.settings, True)[3], None
         return *(d.mul_(scale.to(d.dtype)) for d in gradients), None, None, None
 
 
@@ -131,8 +135,7 @@ def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
 
     h [...,D]; weight [G*K,D] and bias [G*K], the head; target [...] int64, or [...,G] where a row carries G positions.
     Returns scalars loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2), means over all positions.
-    Only loss has gradients, and sends them back once: RuntimeError at a second backward(). Extra memory: one chunk of logits
-    and the gradients themselves.
+    Only loss has gradients. Extra memory: one chunk of logits and the gradients themselves.
     """
     return head_loss(h, weight, bias, target, z_weight)[:3]
 

@@ -123,13 +123,18 @@ def test_any_shape_of_positions_will_do():
     assert_same([linear_cross_entropy(noncontiguous[0], W, b, noncontiguous[1])[0]], [flat])
 
 
-def test_the_loss_may_be_scaled_and_is_sent_back_once():
+def test_the_loss_may_be_scaled_and_sent_back_again():
     inputs, target = head_inputs(7)
     loss = linear_cross_entropy(*inputs, target)[0]
-    scaled = torch.autograd.grad(loss, inputs, torch.tensor(-2.5, dtype=torch.float64), retain_graph=True)
-    assert_same(scaled, [-2.5 * x for x in gradients(plain_head(*inputs, target, 1e-5)[0], inputs)])
-    with pytest.raises(RuntimeError, match="a second time"):             # handed over, not copied
-        torch.autograd.grad(loss, inputs)
+    expected = gradients(plain_head(*inputs, target, 1e-5)[0], inputs)
+    for scale in (-2.5, 1.0, 3.0):
+        scaled = torch.autograd.grad(loss, inputs, torch.tensor(scale, dtype=torch.float64), retain_graph=True)
+        assert_same(scaled, [scale * x for x in expected])
+
+
+def test_gradients_are_the_slopes_of_the_value():
+    inputs, target = head_inputs(3, 2)
+    assert torch.autograd.gradcheck(lambda *x: linear_cross_entropy(*x, target, 0.1)[0], inputs)
 
 
 def test_gradients_add_up_in_grad_as_autograd_s_do():
