@@ -164,18 +164,18 @@ class Purrception(nn.Module):
         """Tell how many numbers the network is to return for each position: K logits."""
         return len(codebook)
 
-    def start(self, B, generator=None):
-        """Draw the noise paths begin with: z0 [B,d,h,w], normal, on the generator's device."""
-        side, device = self.model.input_size, self.codebook.device if generator is None else generator.device
-        return torch.randn(B, self.codebook.shape[1], side, side, generator=generator, device=device)
+    def start(self, B, generator=None, grid=None):
+        """Draw the noise paths begin with: z0 [B,d,h,w], normal, on the generator's device; grid (h, w) is the network's."""
+        grid, device = grid or 2 * (self.model.input_size,), self.codebook.device if generator is None else generator.device
+        return torch.randn(B, self.codebook.shape[1], *grid, generator=generator, device=device)
 
-    def noise(self, B, generator=None):
+    def noise(self, B, generator=None, grid=None):
         """Draw what one training step needs: times t [B] in [0,1), start(), labels to drop [B] bool.
 
         The authors' release draws t from (0.001, 1) and drops no labels, so its null class is never trained.
         """
         t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
-        return t, self.start(B, generator), drop < self.label_dropout
+        return t, self.start(B, generator, grid), drop < self.label_dropout
 
     def path(self, z0, codes, t):
         """Go from noise z0 to the codes [B,h,w], as far as t [B] says: z_t = t z1 + (1 - t) z0, [B,d,h,w]."""
@@ -191,7 +191,7 @@ class Purrception(nn.Module):
 
         noise: what noise() draws; drawn from the generator where it is not given.
         """
-        t, z0, drop = self.noise(len(codes), generator) if noise is None else noise
+        t, z0, drop = self.noise(len(codes), generator, codes.shape[1:]) if noise is None else noise
         if self.label_dropout > 0:
             y = y.masked_fill(drop, self.model.num_classes)
         return self.loss(self.path(z0, codes, t), t, y, codes)
@@ -220,11 +220,12 @@ class Purrception(nn.Module):
         else:                                                            # at the price of one product instead of two
             h = self.hidden(z, t, y).flatten(0, 1)
         dtype, step, out = product_dtype(h), max(1, CHUNK // 2 // width), []            # half: f may need some of its own
+        exact = torch.promote_types(dtype, torch.float32)                # float32 island: f; float64 stays
         h, W, b = (x.to(dtype) for x in (h, head.weight, head.bias))
-        with torch.autocast(z.device.type, enabled=False):               # float32 island: f
+        with torch.autocast(z.device.type, enabled=False):
             for g, (Wg, bg) in enumerate(zip(W.split(width), b.split(width))):  # a position of the patch at a time
                 chunks = (slice(i, i + step) for i in range(0, len(h), step))
-                out.append(torch.cat([f(F.linear(h[some], Wg, bg).float(), g, some) for some in chunks]))  # [BN,C]
+                out.append(torch.cat([f(F.linear(h[some], Wg, bg).to(exact), g, some) for some in chunks]))  # [BN,C]
         tokens = torch.stack(out, 1).view(len(z), -1, len(out), out[0].shape[1])  # [B,N,G,C]
         return to_grid(tokens, self.patch, *z.shape[-2:])                # [B,h,w,C]
 
@@ -280,7 +281,8 @@ class Purrception(nn.Module):
 class CFM(Purrception):
     """Regress the velocity itself: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747), continuous to the end.
 
-    The same path and the same network, with d outputs a position instead of K. There is no posterior, so no tau.
+    The same path and the same network, with d outputs a position instead of K. There is no posterior, so no tau: what comes
+    after it goes by name.
     """
 
     def __init__(self, model, codebook, label_dropout=0.1):
@@ -303,12 +305,12 @@ class CFM(Purrception):
 
     mean = entropy = posterior
 
-    def velocity(self, z, t, y, cfg=1.0):
+    def velocity(self, z, t, y, *, cfg=1.0):
         """Compute v [B,d,h,w], the network's answer; cfg guides it as it does Purrception's logits."""
         return self.map_head(lambda v, *_: v, z, t, y, cfg).movedim(-1, 1)
 
     @torch.no_grad()
-    def sample(self, y, steps=100, cfg=1.0, noise=None):
+    def sample(self, y, steps=100, *, cfg=1.0, noise=None):
         """Sample codes [B,h,w] by Euler steps from noise [B,d,h,w]; the end is on no code, so the nearest is taken."""
         return self.nearest(self.follow(y, np.arange(steps + 1) / steps, noise, cfg=cfg))
 
@@ -326,10 +328,10 @@ class DFM(Purrception):
             model.code_embedder = nn.Embedding(len(codebook) + 1, model.in_channels)
             nn.init.normal_(model.code_embedder.weight, std=0.02)
 
-    def start(self, B, generator=None):
+    def start(self, B, generator=None, grid=None):
         """Draw two uniform numbers per position [B,2,h,w]: when it is unmasked, and what it turns into."""
-        side, device = self.model.input_size, self.codebook.device if generator is None else generator.device
-        return torch.rand(B, 2, side, side, generator=generator, device=device)
+        grid, device = grid or 2 * (self.model.input_size,), self.codebook.device if generator is None else generator.device
+        return torch.rand(B, 2, *grid, generator=generator, device=device)
 
     def path(self, z0, codes, t):
         """Show the codes [B,h,w] whose time has come and mask the others: [B,h,w] in 0..K."""

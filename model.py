@@ -52,7 +52,7 @@ class TimestepEmbedder(nn.Module):
         with torch.autocast(t.device.type, enabled=False):  # bf16 knows t to two digits; the authors' release embeds it so
             frequencies = torch.exp(-math.log(10000) / self.half * torch.arange(self.half, device=t.device))
             angles = t.float()[:, None] * frequencies
-            return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
+            return self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Module):

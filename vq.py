@@ -25,6 +25,7 @@ import os
 import pickletools
 import re
 import shutil
+import struct
 import sys
 import zipfile
 from collections import OrderedDict
@@ -34,7 +35,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import nn
 from tqdm import tqdm
 
@@ -225,10 +226,11 @@ class VQ(nn.Module):
 
     def nearest(self, z):
         """Find the nearest code of every latent vector: z [B,D,h,w] to codes [B,h,w] int64."""
-        z = z.movedim(1, -1).float()                       # [B,h,w,D]
+        exact = torch.promote_types(z.dtype, torch.float32)              # float32 island; float64 stays
+        z, E = z.movedim(1, -1).to(exact), self.codebook.to(exact)       # [B,h,w,D], [K,D]
         if self.l2_norm:
             z = F.normalize(z, dim=-1)
-        return nearest_code(z.flatten(0, -2), self.codebook).view(z.shape[:-1])
+        return nearest_code(z.flatten(0, -2), E).view(z.shape[:-1])
 
     def decode(self, codes):
         """Map codes [B,h,w] int64 to images [B,3,H,W], clamped to [-1,1]."""
@@ -321,6 +323,11 @@ def read_checkpoint(path, mmap=False):
                      "another copy, or if you trust its source save its tensors alone")
 
 
+def unwrapped(state):
+    """Take the prefixes off a state dict's keys that DistributedDataParallel and torch.compile put there."""
+    return {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in state.items()}
+
+
 def compvis_name(key, levels):
     """Translate one of LlamaGen's key names to CompVis's; others pass unchanged."""
     key = re.sub(r"\.mid\.([012])\.", lambda m: f".mid.{('block_1', 'attn_1', 'block_2')[int(m[1])]}.", key)
@@ -357,14 +364,14 @@ def load_vq(path):
     for key, value in file[kind].items() if kind in keys else ():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise InputError(f"{path}: {key!r} is of type {type(value).__name__}, no tensor; give a tokenizer's file")
+    state, config = unwrapped(file[kind]) if kind in keys else {}, None
     if {"config", "state_dict"} <= keys:
-        state, config = dict(file["state_dict"]), file["config"]
+        config = file["config"]
     elif "state_dict" in keys:                             # CompVis: without the losses, averages of weights
-        state, config = {k: v for k, v in file["state_dict"].items() if not k.startswith(("loss.", "model_ema."))}, None
+        state = {k: v for k, v in state.items() if not k.startswith(("loss.", "model_ema."))}
     elif "model" in keys:                                  # LlamaGen
-        levels = len({m[1] for k in file["model"] if (m := re.match(r"encoder\.conv_blocks\.(\d+)\.", k))})
-        state = {compvis_name(k, levels): v for k, v in file["model"].items() if k != "quantize.codebook_used"}
-        config = None
+        levels = len({m[1] for k in state if (m := re.match(r"encoder\.conv_blocks\.(\d+)\.", k))})
+        state = {compvis_name(k, levels): v for k, v in state.items() if k != "quantize.codebook_used"}
     else:
         raise InputError(f"{path}: neither vq-f8 (\"state_dict\"), nor LlamaGen (\"model\"), nor this project's (\"config\"); "
                          "give a tokenizer's file")
@@ -406,13 +413,27 @@ def decode_pixels(vq, codes):
         return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
 
 
+T = Image.Transpose
+UPRIGHT = {2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_270, 7: T.TRANSVERSE,
+           8: T.ROTATE_90}                                 # by the EXIF tag Orientation
+
+
+def upright(image):
+    """Turn a picture as its EXIF tag says. ImageOps.exif_transpose would read, and stumble over, all the other tags as well."""
+    try:
+        turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except (SyntaxError, ValueError, struct.error):        # a damaged block says nothing of the pixels
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def open_image(path, size):
     """Read a picture as uint8 [size,size,3]: upright by its EXIF tag, RGB, ADM's centre crop.
 
     ADM (openai/guided-diffusion, image_datasets.py) halves with a box filter while twice too large, then resizes bicubically.
     """
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
+        image = upright(image)
         if image.mode.startswith("I"):                     # 16-bit grey, which convert() would cut off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB")
@@ -494,11 +515,13 @@ def wait(world):
 
 
 def run_script(main):
-    """Run a script's main(): an InputError ends it with its one sentence and exit code 1, not with a traceback."""
+    """Run a script's main(): an InputError or Ctrl-C ends it with one sentence and exit code 1, not with a traceback."""
     try:
         main()
     except InputError as error:
         sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{Path(sys.argv[0]).name}: interrupted; the same command goes on where it stopped")
     if torch.distributed.is_initialized():                 # not after an error: the others may be waiting for this process
         torch.distributed.destroy_process_group()
 
@@ -516,6 +539,17 @@ def first_process_only(action, rank, world):
     if outcome[1]:
         raise InputError(outcome[1])
     return outcome[0]
+
+
+def new_or_old_folder(text):
+    """Read a flag that names a folder to write, which may be new: a Path."""
+    path = Path(text)
+    if path.name in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text} has no name of its own to put files beside; give the folder's name")
+    for parent in (path, *path.parents):
+        if parent.exists() and not parent.is_dir():
+            raise argparse.ArgumentTypeError(f"{parent} is a file; give another folder")
+    return path
 
 
 def list_images(root):
@@ -561,9 +595,10 @@ def load_pictures(paths, rows, args):
 def claim_folder(out, task, shapes):
     """Make the arrays `shapes` in the data directory out and note the task; or find it begun, with the same task."""
     note = out / "partial.json"
-    if (out / "meta.json").exists() and not note.exists():
-        raise InputError(f"--out {out}: already holds a finished data set; give another folder")
     if not note.exists():
+        for name in ("meta.json", "codes.npy", "codes_flip.npy", "labels.npy"):
+            if (out / name).exists():
+                raise InputError(f"--out {out}: already holds a data set, or its {name}; give another folder")
         out.mkdir(parents=True, exist_ok=True)
         for name, (dtype, *shape) in shapes.items():
             np.lib.format.open_memmap(out / f"{name}.npy", "w+", dtype, tuple(shape))
@@ -580,14 +615,14 @@ def encode_folder(args, vq, rank, world, device):
     a data directory.
     """
     paths, labels, classes = list_images(args.images)
-    if args.reference and args.reference.suffix != ".npz":
-        list_images(args.reference)                        # a wrong path is told now, not after hours of encoding
-    elif args.reference and not args.reference.is_file():
-        raise InputError(f"--reference {args.reference}: no such file; give a folder of images, or ADM's .npz")
+    if args.reference:
+        check_reference(args.reference)                    # a wrong path is told now, not after hours of encoding
     kinds, N, side = ["codes", "codes_flip"][:1 + args.flip], len(paths), args.size // vq.factor
     names = "\n".join(str(p.relative_to(args.images)) for p in paths)
-    task = dict(tokenizer=str(args.vq.resolve()), tokenizer_bytes=args.vq.stat().st_size, image_size=args.size, flip=args.flip,
-                files=hashlib.sha256(names.encode()).hexdigest())
+    task = dict(tokenizer=str(args.vq.resolve()), tokenizer_sha256=hashlib.sha256(args.vq.read_bytes()).hexdigest(),
+                image_size=args.size, flip=args.flip, files=hashlib.sha256(names.encode()).hexdigest())
+    if rank == 0:
+        print(f"{args.vq}: sha256 {task['tokenizer_sha256']}")
     shapes = {kind: (np.uint16, N, side, side) for kind in kinds} | {"done": (np.uint8, N)}
     first_process_only(lambda: claim_folder(args.out, task, shapes), rank, world)
     maps = {kind: np.load(args.out / f"{kind}.npy", mmap_mode="r+") for kind in shapes}
@@ -617,6 +652,8 @@ def finish_folder(out, maps, labels, paths, meta):
     """Remove the rows of unreadable files, then write labels.npy and, last, meta.json. Interrupted, it can be done again."""
     done = np.array(maps.pop("done"))
     good, skipped = np.flatnonzero(done == 1), [paths[i] for i in np.flatnonzero(done == 2)]
+    if len(good) == 0:
+        raise InputError(f"{paths[0]} and all others cannot be read; give a folder of images, and remove {out}")
     for kind, codes in maps.items():
         codes.flush()
         if skipped and len(codes) == len(done):            # else done before an interruption
@@ -635,6 +672,15 @@ def finish_folder(out, maps, labels, paths, meta):
     print(f"{len(good)} images of {len(meta['classes'])} classes in {out}; next: python train.py --data {out}")
 
 
+def check_reference(path):
+    """Raise InputError where path is neither a folder of images nor an .npz that fid.py can take as a reference."""
+    if path.suffix != ".npz":
+        list_images(path)
+    elif not zipfile.is_zipfile(path) or not {"arr_0", "mu"} & set(np.load(path)):
+        raise InputError(f"--reference {path}: is no .npz of images (arr_0) or of statistics (mu); give a folder of images, or "
+                         "ADM's .npz")
+
+
 def crop_reference(args):
     """Prepare what fid.py is to compare with: the images of a folder cropped as the training images are, or an .npz as it is."""
     if args.reference.suffix == ".npz":
@@ -651,6 +697,8 @@ def crop_reference(args):
                 print(f"skipped {paths[row]}: cannot be read")
             else:
                 save_image(folder / f"{row:06d}.png", picture)
+    if not any(folder.iterdir()):
+        raise InputError(f"--reference {args.reference}: none of its images can be read; give other ones")
     return "reference"
 
 
@@ -674,7 +722,7 @@ def main():
     parser = argparse.ArgumentParser(description="Encode a folder of images into codes, or look at reconstructions.")
     parser.add_argument("images", nargs="?", type=Path, help="ImageFolder tree to encode: one sub-folder per class")
     parser.add_argument("--vq", type=Path, required=True, help="tokenizer: vq-f8, LlamaGen's vq_ds8_c2i, or this project's")
-    parser.add_argument("--out", type=Path, help="folder to write (default for --reconstruct: reconstructions)")
+    parser.add_argument("--out", type=new_or_old_folder, help="folder to write (default for --reconstruct: reconstructions)")
     parser.add_argument("--size", type=int, default=256, help="side of the centre crop in pixels")
     parser.add_argument("--flip", action="store_true", help="also store the codes of the mirrored images")
     parser.add_argument("--reference", type=Path, help="images (or ADM's .npz) for fid.py to compare with")
@@ -690,17 +738,19 @@ def main():
         parser.error("give either IMAGES to encode, or --reconstruct IMAGE...")
     if args.images and not args.out:
         parser.error("--out is missing: name the data directory to write")
+    if args.reconstruct and (args.flip or args.reference or args.skip_bad):
+        parser.error("--reconstruct looks at single pictures; leave out --flip, --reference and --skip-bad")
     rank, world, device = join_processes()
     vq = load_vq(args.vq).to(device)
     if len(vq.codebook) > 2 ** 16:
         raise InputError(f"--vq {args.vq}: has {len(vq.codebook)} codes; codes.npy holds at most 65,536")
     if args.size % vq.factor or args.size <= 0:
         raise InputError(f"--size {args.size}: give a multiple of {vq.factor}, the pixels a code stands for")
-    if args.reconstruct:
+    if not args.reconstruct:
+        encode_folder(args, vq, rank, world, device)
+    elif rank == 0:
         args.out = args.out or Path("reconstructions")
         reconstruct(args, vq, device)
-    else:
-        encode_folder(args, vq, rank, world, device)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,10 @@ def test_cfm_refuses_what_needs_a_posterior():
         cfm.posterior(torch.randn(1, 2, 1, 1), torch.zeros(1), torch.zeros(1, dtype=torch.long))
     with pytest.raises(TypeError):
         cfm.sample(torch.zeros(1, dtype=torch.long), tau=0.9)
+    with pytest.raises(TypeError):                         # where the others take tau; not to be taken for cfg
+        cfm.sample(torch.zeros(1, dtype=torch.long), 1, 0.9)
+    with pytest.raises(TypeError):
+        cfm.velocity(torch.randn(1, 2, 1, 1), torch.zeros(1), torch.zeros(1, dtype=torch.long), 0.9)
 
 
 JOINT = torch.tensor([0.4, 0.0, 0.1, 0.05, 0.25, 0.0, 0.0, 0.1, 0.1]).view(K, K)  # of two positions that depend on each other

@@ -333,6 +333,22 @@ def test_forward_trains_on_the_straight_path_from_noise_to_the_codes():
     assert loss.equal(f.loss(z, t, y, codes)[0])
 
 
+def test_forward_draws_noise_for_the_codes_own_grid():
+    f = method(label_dropout=0)
+    del f.model.input_size                                 # hidden() and the head are enough to train on
+    codes = torch.randint(K, (2, 2, 6))
+    with_own, _ = f(codes, torch.zeros(2, dtype=torch.long), torch.Generator().manual_seed(0))
+    t, z0, _ = f.noise(2, torch.Generator().manual_seed(0), (2, 6))
+    assert z0.shape == (2, d, 2, 6) and with_own.equal(f.loss(f.path(z0, codes, t), t, torch.zeros(2, dtype=torch.long), codes)[0])
+
+
+def test_float64_goes_all_the_way_through():
+    f, (z, t, y, _) = method().double(), point()
+    v = f.velocity(z.double(), t.double(), y, 0.7, 1.5)
+    assert v.dtype == torch.float64
+    torch.testing.assert_close(v.float(), method().velocity(z, t, y, 0.7, 1.5), atol=1e-4, rtol=1e-4)
+
+
 def test_forward_is_a_function_of_the_generator_s_seed_alone():
     f, codes, y = method(), point()[3], torch.tensor([0, 1, 2])
     torch.manual_seed(1)

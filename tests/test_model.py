@@ -182,6 +182,14 @@ def test_forward_is_the_head_of_hidden():
     assert net.final_layer.linear(h)[0, 0, :5].equal(net(x, t, y)[0, 0, 0])
 
 
+@pytest.mark.parametrize("dtype, off", [(torch.float64, 1e-5), (torch.bfloat16, 0.05)])
+def test_the_network_runs_in_other_precisions(dtype, off):
+    net = tiny()
+    x, t, y = point(net)
+    h, full = tiny().to(dtype).hidden(x.to(dtype), t, y), net.hidden(x, t, y)
+    assert h.dtype == dtype and (h.float() - full).norm() / full.norm() < off
+
+
 def test_time_embedding_stays_float32_under_autocast():
     net, t = tiny(), torch.tensor([0.5, 0.5001])           # one and the same number in bf16
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,5 +1,6 @@
 """Check vq.py: nearest codes against brute force, the checkpoint readers and what they refuse, crops, the command line."""
 import argparse
+import copy
 import functools
 import importlib
 import json
@@ -215,6 +216,14 @@ def test_encoding_is_encoder_then_projection_then_nearest(tiny):
     assert torch.equal(codes.flatten(), brute_force(z[0].flatten(1).T, tiny.codebook)) and len(codes.unique()) > 4
 
 
+def test_the_network_runs_in_float64(tiny):
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    codes = tiny.encode(x)
+    image, twin = tiny.decode(codes), copy.deepcopy(tiny).double()
+    assert torch.equal(twin.encode(x.double()), codes)
+    torch.testing.assert_close(twin.decode(codes).float(), image, atol=1e-5, rtol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- readers
 
 # CompVis's names on the left, LlamaGen's on the right, for the three levels of FOREIGN. Names not listed are the same.
@@ -263,11 +272,14 @@ def llamagen_file(net):
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("layout", ["compvis", "llamagen", "own"])
-def test_a_file_of_each_layout_gives_its_network(layout, zipped, lightning, tmp_path):
+@pytest.mark.parametrize("wrappers", ["", "module.", "module._orig_mod."])   # of DistributedDataParallel, of torch.compile
+def test_a_file_of_each_layout_gives_its_network(wrappers, layout, zipped, lightning, tmp_path):
     config = {**FOREIGN, "l2_norm": layout == "llamagen"}
     net = random_vq(**config)
     file = {"compvis": lambda: compvis_file(net, lightning), "llamagen": lambda: llamagen_file(net),
             "own": lambda: {"config": config, "state_dict": net.state_dict()}}[layout]()
+    weights = "model" if layout == "llamagen" else "state_dict"
+    file[weights] = {wrappers + key: value for key, value in file[weights].items()}
     torch.save(file, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     lightning.leave()
 
@@ -587,6 +599,17 @@ def test_a_picture_is_turned_upright_by_its_exif_tag(orientation, stored, tmp_pa
     assert [[tuple(pixels[y, x].tolist()) for x in (8, 24)] for y in (8, 24)] == [[RED, GREEN], [BLUE, WHITE]]
 
 
+def test_damage_elsewhere_in_exif_does_not_make_a_picture_unreadable(tmp_path):
+    tags = struct.pack("<HHI4s", 256, 2, 3, b"72") + struct.pack("<HHIHH", 274, 3, 1, 3, 0)  # a width in letters; upside down
+    picture = solid((32, 32), RED)
+    picture.paste(BLUE, (0, 16, 32, 32))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    pixels = opened(picture, tmp_path / "a.jpg", 32, exif=exif, quality=95)
+    assert pixels[4, 4].argmax() == 2 and pixels[28, 4].argmax() == 0
+    pixels = opened(picture, tmp_path / "b.png", 32, exif=b"Exif\0\0no such thing")
+    assert (pixels[4, 4] == RED).all()
+
+
 def test_pixels_survive_the_way_to_images_and_back():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(-1, -1, -1, 3)
     x = vq.from_pixels(pixels)
@@ -783,21 +806,32 @@ def test_whatever_a_picture_raises_its_name_is_told(run, images, tmp_path, monke
 def test_a_finished_folder_is_not_overwritten(run, images, tmp_path):
     run(images, "--out", tmp_path / "out")
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    with pytest.raises(vq.InputError, match="--out .*already holds a finished data set"):
+    with pytest.raises(vq.InputError, match="--out .*already holds a data set"):
         run(images, "--out", tmp_path / "out", "--flip")
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
-@pytest.mark.parametrize("change", ["flip", "images", "tokenizer"])
+def test_codes_from_elsewhere_are_not_overwritten(run, images, tmp_path):
+    np.save(tmp_path / "codes.npy", np.arange(3))
+    with pytest.raises(vq.InputError, match="--out .*codes.npy; give another folder"):
+        run(images, "--out", tmp_path)
+    assert np.load(tmp_path / "codes.npy").tolist() == [0, 1, 2] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("change", ["flip", "images", "tokenizer", "weights"])
 def test_a_partial_folder_of_other_settings_is_refused(change, run, copied, images, tiny_file, tmp_path):
+    file = Path(shutil.copy(tiny_file, tmp_path))
     with pytest.raises(vq.InputError):
-        run(copied, "--out", tmp_path / "out")
+        run(copied, "--out", tmp_path / "out", file=file)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-    other = tmp_path / "other.pt"
-    other.write_bytes(tiny_file.read_bytes())
-    arguments = {"flip": [copied, "--flip"], "images": [images / "ant"], "tokenizer": [copied]}[change]
+    if change == "weights":                                # trained anew: the same name and size
+        content = torch.load(file)
+        content["state_dict"]["quant_conv.bias"] += 1
+        torch.save(content, file)
+        assert file.stat().st_size == tiny_file.stat().st_size
+    arguments = {"flip": [copied, "--flip"], "images": [images / "ant"]}.get(change, [copied])
     with pytest.raises(vq.InputError, match="--out .*another"):
-        run(*arguments, "--out", tmp_path / "out", file=other if change == "tokenizer" else tiny_file)
+        run(*arguments, "--out", tmp_path / "out", file=tiny_file if change == "tokenizer" else file)
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
 
@@ -817,9 +851,10 @@ def test_a_reference_archive_is_recorded_as_it_is(run, images, tmp_path):
     assert data(tmp_path / "out")[2]["reference"] == str(tmp_path / "batch.npz")
 
 
-@pytest.mark.parametrize("reference", ["nowhere", "nowhere.npz"])
-def test_a_missing_reference_is_told_before_anything_is_encoded(reference, run, images, tmp_path, monkeypatch):
+@pytest.mark.parametrize("reference", ["nowhere", "nowhere.npz", "other.npz", "text.npz"])
+def test_a_wrong_reference_is_told_before_anything_is_encoded(reference, run, images, tmp_path, monkeypatch):
     monkeypatch.setattr(vq.VQ, "encode", lambda *_: pytest.fail("encoded first"))
+    np.savez(tmp_path / "other.npz", images=np.zeros(3)), (tmp_path / "text.npz").write_text("mu")
     with pytest.raises(vq.InputError, match=reference):
         run(images, "--out", tmp_path / "out", "--reference", tmp_path / reference)
 
@@ -836,6 +871,16 @@ def test_skip_bad_leaves_reference_pictures_out(run, images, copied, tmp_path):
     (copied / "bee" / "0.jpg").write_bytes(b"")
     run(images, "--out", tmp_path / "out", "--reference", copied, "--skip-bad")
     assert len(list((tmp_path / "out" / "reference").iterdir())) == 10
+
+
+def test_nothing_readable_is_no_data_set(run, copied, images, tmp_path):
+    for path in copied.rglob("*.*"):
+        path.write_bytes(b"")
+    with pytest.raises(vq.InputError, match="ant/0.png and all others cannot be read"):
+        run(copied, "--out", tmp_path / "out", "--skip-bad")
+    with pytest.raises(vq.InputError, match="--reference .*none of its images"):
+        run(images, "--out", tmp_path / "other", "--reference", copied, "--skip-bad")
+    assert not list(tmp_path.glob("o*/meta.json"))
 
 
 def test_reconstruct_writes_both_pictures_and_prints_their_psnr(run, images, tiny, tmp_path, capsys):
@@ -871,7 +916,9 @@ def test_folders_without_classes_that_make_sense_are_refused(images, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ([], "give either IMAGES"), (["x", "--reconstruct", "y"], "give either IMAGES"), (["x"], "--out is missing")])
+    ([], "give either IMAGES"), (["x", "--reconstruct", "y"], "give either IMAGES"), (["x"], "--out is missing"),
+    (["--reconstruct", "x", "--flip"], "leave out --flip"), (["x", "--out", __file__], "test_vq.py is a file"),
+    (["x", "--out", f"{__file__}/sub"], "test_vq.py is a file"), (["x", "--out", "."], "no name of its own")])
 def test_commands_that_make_no_sense_are_refused(arguments, message, run, capsys):
     with pytest.raises(SystemExit):
         run(*arguments)
