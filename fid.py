@@ -347,14 +347,15 @@ def open_set(path, features):
     kind = str(stats.get("features", "inception"))    # files from elsewhere do not say
     if "mu" in stats and "sigma" in stats and kind == features:
         mu, sigma = stats["mu"], stats["sigma"]
-        if not (mu.ndim == 1 and sigma.shape == mu.shape * 2 and np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        if not (mu.ndim == 1 and sigma.shape == mu.shape * 2 and {mu.dtype.kind, sigma.dtype.kind} <= set("fiu")
+                and np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} should be finite, [D] and [D,D]: measure "
                              "the images again, with --save-stats")
         return mu, sigma, int(stats["count"]) if "count" in stats else None
     images = read(path, "arr_0").get("arr_0")
     if images is None:
         raise InputError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma) of {features} features"
-                         + (f", but of {kind} ones: see --features" if "mu" in stats else ": name another"))
+                         + (f", but of {kind} ones: see --features" if kind != features else ": name another"))
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 2:
         raise InputError(f"{path}: arr_0 is {images.dtype} {images.shape} and should be uint8 (N, H, W, 3), N > 1")
     return images
@@ -402,12 +403,17 @@ def replacing(path):
 def recorded(samples):
     """Follow the samples' sidecar to the data directory's meta.json: -> the sidecar's path, both files' contents.
 
-    A file that does not exist counts as empty. The reference comes out as a path.
+    A file that does not exist, or is no sidecar of sample.py, counts as empty. The reference comes out as a path.
     """
     path = samples.absolute()
     path = path.with_name((path.stem if path.suffix == ".npz" else path.name) + ".json")
-    sidecar = read_json(path)
-    meta = read_json(Path(sidecar["data"]) / "meta.json") if sidecar.get("data") else {}
+    sidecar, meta = {}, {}
+    with contextlib.suppress(InputError):                  # another program's file
+        sidecar = read_json(path)
+    if isinstance(sidecar.get("data"), str) and isinstance(sidecar.get("num_samples"), int):
+        meta = read_json(Path(sidecar["data"]) / "meta.json")
+    else:
+        sidecar = {}
     if meta.get("reference"):
         meta["reference"] = Path(sidecar["data"]) / meta["reference"]
     return path, sidecar, meta
@@ -424,6 +430,8 @@ def read_json(path):
 def compare(args):
     """Measure both sides: -> a dictionary of everything worth knowing about the result."""
     sidecar_path, sidecar, meta = recorded(args.samples)
+    if sidecar and args.json and args.json.absolute() == sidecar_path:
+        raise InputError(f"--json {args.json} would replace sample.py's record of these samples: choose another name")
     features = args.features or meta.get("features", "inception")
     if features not in LABELS:
         raise InputError(f"meta.json asks for {features!r} features, there are {' and '.join(LABELS)}: see --features")
@@ -436,7 +444,7 @@ def compare(args):
     samples, references = open_set(args.samples, features), open_set(reference, features)
     if args.ref is None and isinstance(references, np.ndarray):
         references = references[:meta.get("reference_count")]    # the demo takes fewer than it has: a laptop is slow
-    if not isinstance(samples, tuple) and len(samples) < sidecar.get("num_samples", 0):
+    if isinstance(samples, Folder) and len(samples) < sidecar.get("num_samples", 0):
         raise InputError(f"{args.samples} holds {len(samples)} of the {sidecar['num_samples']} images {sidecar_path} "
                          "announces: run the sample.py command again to finish them")
 
@@ -478,8 +486,8 @@ def main(argv=None):
     if args.save_stats and args.save_stats.suffix != ".npz":
         parser.error(f"--save-stats {args.save_stats} should end in .npz, by which --ref will know it")
     for path in (args.save_stats, args.json):
-        if path and not path.parent.is_dir():
-            parser.error(f"there is no folder {path.parent} to write {path.name} into")
+        if path and (path.is_dir() or not path.parent.is_dir()):
+            parser.error(f"{path} is a folder, or lies in no folder there is: name a file to write")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         parser.error("one process does it all: start fid.py with python, not with torchrun")
     try:

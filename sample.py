@@ -11,6 +11,7 @@ alone, its class is the i-th of the classes in turn. So one process or eight mak
 on. Beside the folder samples/ lie samples.json, which tells how to repeat it, and samples.png, a contact sheet.
 """
 import argparse
+import math
 import zipfile
 from pathlib import Path
 
@@ -20,24 +21,22 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from flow import seeded
-from train import PRECISIONS, Formatter, bf16_is_fast, build, half_precision, newest_run, open_data, open_tokenizer
-from vq import (InputError, decode_pixels, first_process_only, join_processes, read_checkpoint, read_json, replacing,
-                run_script, save_image, save_json, sheet, wait)
+from train import PRECISIONS, Formatter, bf16_is_fast, build, half_precision, newest_run, open_data, open_tokenizer, read_run
+from vq import (InputError, decode_pixels, first_process_only, join_processes, new_or_old_folder, read_json, replacing,
+                run_script, save_image, save_json, sheet, unwrapped, wait)
 
 SHOWN = 100    # images on the contact sheet
 
 
 def load_run(path, device, data=None):
     """Build what a checkpoint describes, on its EMA weights: method, tokenizer, Data, the checkpoint's args and step."""
-    ckpt = read_checkpoint(path, mmap=True)                # the EMA weights are a quarter of it
-    if not isinstance(ckpt, dict) or not {"ema", "args", "step"} <= set(ckpt):
-        raise InputError(f"--ckpt {path}: not a checkpoint of train.py; give a runs/NAME/ckpt.pt")
+    ckpt = read_run(path)
     data = open_data(data or ckpt["args"]["data"])
     vq = open_tokenizer(data, device)
     with torch.device("meta"):                             # no use initialising what is overwritten
         flow = build(ckpt["args"], data.meta, vq.codebook, data.codes.shape[1])
     try:
-        flow.model.load_state_dict(ckpt["ema"], assign=True)
+        flow.model.load_state_dict(unwrapped(ckpt["ema"]), assign=True)
     except RuntimeError as error:
         raise InputError(f"--ckpt {path}: its weights do not fit {data.path} ({str(error).splitlines()[-1].strip()}); name the "
                          "data it was trained on with --data") from None
@@ -48,7 +47,7 @@ def pick_classes(wanted, names):
     """Translate class numbers or names into numbers; without any, all classes in turn."""
     if not wanted:
         return list(range(len(names)))
-    unknown = [w for w in wanted if w not in names and not (w.isdigit() and int(w) < len(names))]
+    unknown = [w for w in wanted if w not in names and not (w.isdecimal() and int(w) < len(names))]
     if unknown:
         raise InputError(f"--classes {unknown[0]}: no such class; give numbers from 0 to {len(names) - 1} or names such as "
                          f"{', '.join(map(repr, names[:3]))}")
@@ -168,7 +167,7 @@ def parse(argv):
     add("--num-samples", type=int, default=256, help="images to make")
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names, taken in turn; default: all")
     add("--seed", type=int, default=0, help="image i's noise is a function of (seed, i)")
-    add("--out", type=Path, default=Path("samples"), help="folder for the PNG files")
+    add("--out", type=new_or_old_folder, default=Path("samples"), help="folder for the PNG files")
     add("--per-proc-batch-size", type=int, default=64, help="images a process makes at once")
     add("--npz", action="store_true", help="also pack them into OUT.npz, for ADM's evaluator")
     add("--trajectory", action="store_true", help="instead of samples, a film strip of how the first three come about")
@@ -180,8 +179,14 @@ def parse(argv):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give a number above 0")
     if args.seed < 0:
         parser.error(f"--seed {args.seed}: give 0 or a number above it")
+    if not math.isfinite(args.cfg_scale):
+        parser.error(f"--cfg-scale {args.cfg_scale}: give a finite number")
+    if args.trajectory and len(args.tau or []) > 1:
+        parser.error("--trajectory: takes one --tau")
+    if args.npz and (args.trajectory or len(args.tau or []) > 1):
+        parser.error("--npz: packs samples; leave it out for a picture of several --tau or of a --trajectory")
     for tau in args.tau or []:
-        if not tau > 0:
+        if not tau >= 1e-30:                               # float32 ends at 1e38
             parser.error(f"--tau {tau}: give a number above 0; 1e-6 is the arg max")
     return parser, args
 
@@ -233,6 +238,7 @@ def main(argv=None):
         else:
             page = sheet(torch.cat([draw(shown, tau) for tau in tqdm(taus, desc="temperatures")]), len(shown))
             path = beside(args.out, "-temperatures.png")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
         save_image(path, page)
         print(path)
         return

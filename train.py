@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from flow import OBJECTIVES, seeded
 from model import SIZES, DiT
-from vq import (SUFFIXES, InputError, decode_pixels, first_process_only, join_processes, load_vq, read_checkpoint,
-                read_json, replacing, run_script, save_image, sheet)
+from vq import (SUFFIXES, InputError, decode_pixels, first_process_only, join_processes, load_vq, new_or_old_folder,
+                read_checkpoint, read_json, replacing, run_script, save_image, sheet, unwrapped)
 
 HERE = Path(__file__).resolve().parent
 PRECISIONS = ("auto", "bf16", "float32")
@@ -79,11 +79,15 @@ def open_data(path):
         raise InputError(f"{path}/meta.json: has no list of \"classes\" or no \"tokenizer\" file; encode the images again")
     codes, labels = read_npy(path / "codes.npy", mmap_mode="r"), read_npy(path / "labels.npy")
     twins = read_npy(path / "codes_flip.npy", mmap_mode="r") if (path / "codes_flip.npy").exists() else None
-    if codes.ndim != 3 or len(codes) != len(labels) or len(codes) == 0 or codes.shape[1] != codes.shape[2]:
+    if codes.dtype.kind != "u" or labels.dtype.kind not in "iu":
+        raise InputError(f"--data {path}: codes.npy is of type {codes.dtype} and labels.npy {labels.dtype}, not uint16 and "
+                         "int64; encode the images again")
+    if codes.ndim != 3 or labels.shape != codes.shape[:1] or len(codes) == 0 or codes.shape[1] != codes.shape[2]:
         raise InputError(f"--data {path}: codes.npy is {codes.shape} and labels.npy {labels.shape}, not [N,h,h] and [N]; "
                          "encode the images again")
-    if twins is not None and twins.shape != codes.shape:
-        raise InputError(f"--data {path}: codes_flip.npy is {twins.shape} and codes.npy {codes.shape}; encode the images again")
+    if twins is not None and (twins.shape, twins.dtype) != (codes.shape, codes.dtype):
+        raise InputError(f"--data {path}: codes_flip.npy is {twins.dtype} {twins.shape} and codes.npy {codes.dtype} "
+                         f"{codes.shape}; encode the images again")
     if labels.min() < 0 or labels.max() >= len(meta["classes"]):
         raise InputError(f"--data {path}: labels.npy names class {labels.max()} of {len(meta['classes'])} in meta.json; "
                          "encode the images again")
@@ -103,7 +107,10 @@ def check_codes(data, K, size):
 
 def open_tokenizer(data, device):
     """Load the tokenizer a data directory was encoded with; its path in meta.json may be relative to the directory."""
-    return load_vq(data.path / data.meta["tokenizer"]).to(device)
+    path = data.path / data.meta["tokenizer"]
+    if not path.is_file():
+        raise InputError(f"{data.path}/meta.json: its \"tokenizer\", {path}, is not there; put it back, or correct meta.json")
+    return load_vq(path).to(device)
 
 
 @functools.lru_cache(2)
@@ -168,13 +175,22 @@ def newest_run(runs=Path("runs")):
 
 
 def new_run(name):
-    """Make the folder of a new run: runs/NAME, or the first free number. Raises InputError where NAME has a checkpoint."""
-    if name and (Path("runs") / name / "ckpt.pt").exists():
-        raise InputError(f"--name {name}: runs/{name} already holds a run; add --resume to go on with it, or choose another name")
+    """Make the folder of a new run: runs/NAME, or the first free number. Raises InputError where NAME holds a run."""
+    if name and any(file.stat().st_size for kind in ("log.jsonl", "ckpt*.pt") for file in Path("runs", name).glob(kind)):
+        raise InputError(f"--name {name}: runs/{name} already holds a run; add --resume to go on with its ckpt.pt, choose "
+                         "another name, or remove it")
     for run in [Path("runs") / name] if name else (Path("runs") / f"{i:03d}" for i in itertools.count(1)):
         with contextlib.suppress(FileExistsError):         # whoever makes a numbered folder has it
             (run / "samples").mkdir(parents=True, exist_ok=bool(name))
             return run
+
+
+def read_run(path):
+    """Read a checkpoint that save_checkpoint wrote; its tensors stay on the disk until used. Raises InputError for others."""
+    ckpt = read_checkpoint(path, mmap=True)
+    if not isinstance(ckpt, dict) or not {"ema", "args", "step"} <= set(ckpt):
+        raise InputError(f"{path}: not a checkpoint of train.py; give a runs/NAME/ckpt.pt")
+    return ckpt
 
 
 def save_checkpoint(path, flow, ema, opt, step, args):
@@ -189,10 +205,10 @@ def save_checkpoint(path, flow, ema, opt, step, args):
 def restore(ckpt, path, flow, ema, opt):
     """Put a checkpoint's tensors into the networks and the optimizer."""
     try:
-        flow.model.load_state_dict(ckpt["model"])
-        ema.load_state_dict(ckpt["ema"])
+        flow.model.load_state_dict(unwrapped(ckpt["model"]))
+        ema.load_state_dict(unwrapped(ckpt["ema"]))
         opt.load_state_dict(ckpt["opt"])
-    except (RuntimeError, ValueError) as error:
+    except (KeyError, RuntimeError, ValueError) as error:
         raise InputError(f"{path}: does not fit the network the flags describe; resume with the flags it was trained with "
                          f"({str(error).splitlines()[-1].strip()})") from None
 
@@ -204,9 +220,9 @@ class Log:
         if path.exists():
             lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # not one cut by a crash
             numbers = [json.loads(line)["step"] for line in lines]
+            due = step % every == 0 or step == 1           # else the line of the last step, which is none of 2N steps
             with replacing(path) as partial:
-                partial.write_text("".join(line for line, number in zip(lines, numbers)
-                                           if number <= step and (number % every == 0 or number == 1)))
+                partial.write_text("".join(line for line, number in zip(lines, numbers) if number < step + due))
         self.file, self.clock, self.seen = open(path, "a", buffering=1), time.perf_counter(), 0
 
     def speed(self):
@@ -291,8 +307,9 @@ def train(args, data, vq, ckpt, run, stop, rank, world, device):
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args["grad_clip"])
         *means, stopping = stats.tolist()
         if not math.isfinite(means[0]) or not math.isfinite(grad_norm):
-            raise InputError(f"step {step + 1}: the loss is {means[0]} and the gradient norm {grad_norm:.3g}; training "
-                             f"stopped, the last good checkpoint stays in {run}; resume with a smaller --lr")
+            left = f"{run}/ckpt.pt stays as it was: resume" if (run / "ckpt.pt").exists() else "no checkpoint was due: start anew"
+            raise InputError(f"step {step + 1}: the loss is {means[0]} and the gradient norm {grad_norm:.3g}; training stopped; "
+                             f"{left} with a smaller --lr")
         lr = args["lr"] * min(1, (step + 1) / max(1, args["warmup"]))
         for group in opt.param_groups:
             group.update(lr=lr, weight_decay=args["weight_decay"])       # resuming, the flags win over the checkpoint
@@ -354,13 +371,19 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parse(argv=None):
-    """Read the flags. Defaults: the paper's, then recipe.json, then, resuming, the checkpoint's; the command line wins."""
-    parser = argparse.ArgumentParser(formatter_class=Formatter, description="Train Purrception, or a baseline. The defaults "
-                                     "shown are the paper's; recipe.json in the data directory overrides them.")
+def run_name(text):
+    """Read --name, under which a folder can be made in runs/."""
+    new_or_old_folder(f"runs/{text}")
+    return text
+
+
+def flags(prog=None):
+    """Make the parser of train.py's flags; the defaults are the paper's."""
+    parser = argparse.ArgumentParser(prog, formatter_class=Formatter, description="Train Purrception, or a baseline. The "
+                                     "defaults shown are the paper's; recipe.json in the data directory overrides them.")
     add = parser.add_argument
     add("--data", default=str(HERE / "demo"), help="data directory: what vq.py wrote")
-    add("--name", help="the run's folder is runs/NAME; default: the next free number")
+    add("--name", type=run_name, help="the run's folder is runs/NAME; default: the next free number")
     add("--resume", action="store_true", help="go on with --name, or with the newest run")
     add("--objective", default="purrception", choices=OBJECTIVES, help="the paper's method, or one of its two baselines")
     add("--model", default="DiT-XL/2", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
@@ -384,29 +407,40 @@ def parse(argv=None):
     add("--keep-every", type=int, default=0, help="steps between numbered checkpoints that stay; 0: none")
     add("--sample-every", type=int, default=5000, help="steps between pictures of samples; 0: none")
     add("--sample-cfg", type=float, default=1.3, help="guidance of those pictures")
+    return parser
 
+
+def read_recipe(path):
+    """Read recipe.json as the flags it stands for: a dictionary of their values. Exits as a wrong flag does, naming the file."""
+    recipe = read_json(path)
+    unknown = sorted(set(recipe) - set(vars(flags().parse_args([]))) | {"data", "name", "resume"} & set(recipe))
+    if unknown:
+        raise InputError(f"{path}: {', '.join(unknown)} is no setting of train.py; correct or remove it")
+    words = [f"--{'no-' * (value is False)}{key.replace('_', '-')}" + f"={value}" * (not isinstance(value, bool))
+             for key, value in recipe.items()]             # ema_ramp: true is --ema-ramp, steps: 2000 is --steps=2000
+    values = vars(flags(prog=str(path)).parse_args(words))
+    return {key: values[key] for key in recipe}
+
+
+def parse(argv=None):
+    """Read the flags. Defaults: the paper's, then recipe.json, then, resuming, the checkpoint's; the command line wins."""
+    parser = flags()
     first, _ = parser.parse_known_args(argv)
     run, ckpt = None, None
     if first.resume:
         run = Path("runs") / first.name if first.name else newest_run()
-        ckpt = read_checkpoint(run / "ckpt.pt", mmap=True)
+        ckpt = read_run(run / "ckpt.pt")
         parser.set_defaults(**ckpt["args"])
-    else:
-        recipe = Path(first.data) / "recipe.json"
-        settings = read_json(recipe) if recipe.exists() else {}
-        unknown = sorted(set(settings) - set(vars(first)))
-        if unknown:
-            raise InputError(f"{recipe}: {', '.join(unknown)} is no flag of train.py; correct or remove it")
-        parser.set_defaults(**settings)
+    elif (recipe := Path(first.data) / "recipe.json").exists():
+        parser.set_defaults(**read_recipe(recipe))
     args = parser.parse_args(argv)
     for holds, wanted, names in (
             (lambda x: x > 0, "a number above 0",
              ("steps", "global_batch_size", "accumulate", "lr", "grad_clip", "log_every", "ckpt_every")),
-            (lambda x: x >= 0, "0 or a number above it", ("seed", "warmup", "weight_decay", "keep_every", "sample_every")),
-            (lambda x: 0 <= x < 1, "a number from 0 to below 1", ("ema_decay", "label_dropout")),
-            (lambda x: x in SIZES, f"one of {', '.join(SIZES)}", ("model",)),            # these may come from recipe.json
-            (lambda x: x in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}", ("objective",)),
-            (lambda x: x in PRECISIONS, f"one of {', '.join(PRECISIONS)}", ("precision",))):
+            (lambda x: x >= 0, "0 or a number above it", ("warmup", "weight_decay", "keep_every", "sample_every")),
+            (lambda x: x is None or x >= 0, "0 or a number above it", ("z_loss",)),
+            (lambda x: 0 <= x < 2 ** 63, "a number from 0 to below 2^63", ("seed",)),
+            (lambda x: 0 <= x < 1, "a number from 0 to below 1", ("ema_decay", "label_dropout"))):
         for name in names:
             if not holds(getattr(args, name)):
                 parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {wanted}")

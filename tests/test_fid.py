@@ -405,19 +405,36 @@ def test_samples_without_a_reference_are_told_to_name_one(cheap, tmp_path, capsy
     samples = folder(tmp_path / "samples", 3)
     sidecar = tmp_path / "samples.json"
     assert "--ref" in refused(capsys, samples)
-    for content in ({}, {"data": None}, {"data": "gone"}):
+    for content in ({}, {"data": None}, {"data": "gone", "num_samples": 3}, [1], {"data": [1]}, {"data": "x", "num_samples": "many"}):
         sidecar.write_text(json.dumps(content))
         assert "--ref" in refused(capsys, samples) and str(sidecar) in refused(capsys, samples)
     (tmp_path / "meta.json").write_text('{"reference": null}')
-    sidecar.write_text(json.dumps({"data": str(tmp_path)}))
+    sidecar.write_text(json.dumps({"data": str(tmp_path), "num_samples": 3}))
     assert "--ref" in refused(capsys, samples)
-    for text in ("{", "[1]"):
-        sidecar.write_text(text)
-        assert "samples.json is no JSON dictionary" in refused(capsys, samples)
+    (tmp_path / "meta.json").write_text("{")
+    assert "meta.json is no JSON dictionary" in refused(capsys, samples)
+    sidecar.write_text("{")
+    assert "--ref" in refused(capsys, samples)
+
+
+def test_another_programs_json_beside_the_samples_does_not_stand_in_the_way(cheap, tmp_path, capsys):
+    samples = folder(tmp_path / "samples", 3)
+    for text in ("[1, 2]", "{", '{"data": [1]}', '{"num_samples": "many"}'):
+        (tmp_path / "samples.json").write_text(text)
+        assert run(capsys, samples, "--ref", samples)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_result_does_not_replace_the_sidecar(cheap, tmp_path, capsys):
+    demo(tmp_path)
+    before = (tmp_path / "samples.json").read_text()
+    assert "--json samples.json" in refused(capsys, "samples", "--json", "samples.json")
+    assert (tmp_path / "samples.json").read_text() == before
 
 
 def test_unfinished_samples_are_refused(cheap, tmp_path, capsys):
     samples = demo(tmp_path)
+    array(tmp_path / "samples.npz", 5)                     # written whole or not at all, so what it holds is what was wanted
+    assert run(capsys, "samples.npz")[0] > 0
     (samples / "000003.png").unlink()
     assert "holds 5 of the 6 images" in refused(capsys, "samples")
 
@@ -436,6 +453,8 @@ def test_every_bad_input_is_refused_in_one_sentence(cheap, tmp_path, capsys):
     np.savez("pickled.npz", arr_0=np.array([{}, {}]))
     np.savez("nan.npz", mu=np.full(5, np.nan), sigma=np.eye(5))
     np.savez("flat.npz", mu=np.zeros(5), sigma=np.zeros(5))
+    np.savez("words.npz", mu=np.full(5, "a"), sigma=np.full((5, 5), "b"))
+    np.savez("half.npz", mu=np.zeros(5))
     np.savez("wide.npz", mu=np.zeros(9), sigma=np.eye(9))
     (tmp_path / "text.npz").write_text("no zip")
     (tmp_path / "cut.npz").write_bytes(array(tmp_path / "whole.npz", 9).read_bytes()[:900])
@@ -448,6 +467,7 @@ def test_every_bad_input_is_refused_in_one_sentence(cheap, tmp_path, capsys):
             "keys.npz": ["keys.npz holds neither"], "float.npz": ["float.npz: arr_0 is float32 (4, 8, 8, 3)"],
             "planes.npz": ["planes.npz: arr_0 is uint8 (4, 3, 8, 8)"], "pickled.npz": ["pickled.npz cannot be read"],
             "nan.npz": ["nan.npz: mu", "finite"], "flat.npz": ["flat.npz: mu (5,) and sigma (5,)"],
+            "words.npz": ["words.npz: mu", "finite"], "half.npz": ["half.npz holds neither", "name another"],
             "wide.npz": ["wide.npz", "9", "5"], "text.npz": ["text.npz cannot be read"],
             "cut.npz": ["cut.npz cannot be read"],
     }.items():
@@ -466,7 +486,9 @@ def test_a_bad_image_in_a_worker_process_is_refused_in_one_sentence(cheap, tmp_p
 
 def test_bad_flags_are_refused(cheap, tmp_path, capsys, monkeypatch):
     good = folder(tmp_path / "good", 3)
-    for argv, word in ((["--batch-size", 0], "--batch-size"), (["--json", "no/where.json"], "no folder no"),
+    Path("stats.npz").mkdir()
+    for argv, word in ((["--batch-size", 0], "--batch-size"), (["--json", "no/where.json"], "no/where.json"),
+                       (["--json", "good"], "good is a folder"), (["--save-stats", "stats.npz"], "stats.npz is a folder"),
                        (["--save-stats", "stats.dat"], "end in .npz"), (["--features", "clip"], "--features"),
                        (["--features", "untrained", "--weights", "w.pth"], "--weights")):
         assert word in refused(capsys, good, "--ref", good, *argv)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -65,7 +66,7 @@ def test_classes_are_taken_in_turn_by_name_or_number(trained):
     assert sample.pick_classes(None, ["black", "white"]) == [0, 1]
     only = make("a", "--classes", "white", n=2)
     assert (only[1] == make("b")[1]).all()                 # image 1 is white either way
-    for wrong in ("blue", "3", "-1"):
+    for wrong in ("blue", "3", "-1", "\u00b2"):
         with pytest.raises(InputError, match=f"--classes {wrong}: no such class"):
             sample.pick_classes([wrong], ["black", "white", "ginger tabby"])
 
@@ -79,9 +80,9 @@ def test_the_sidecar_holds_what_repeats_the_images(trained, tiny_data):
 
 
 def test_several_temperatures_make_one_sheet_with_the_same_noise_in_a_column(trained):
-    sample.main(["--out", "a", "--steps", "3", "--num-samples", "4", "--tau", "0.5", "0.9", "--precision", "float32"])
-    page = np.asarray(Image.open("a-temperatures.png"))
-    assert page.shape == (2 * 34, 4 * 34, 3) and not Path("a").exists()
+    sample.main(["--out", "new/a", "--steps", "3", "--num-samples", "4", "--tau", "0.5", "0.9", "--precision", "float32"])
+    page = np.asarray(Image.open("new/a-temperatures.png"))
+    assert page.shape == (2 * 34, 4 * 34, 3) and not Path("new/a").exists()
     for row, tau in enumerate((0.5, 0.9)):
         assert (page[34 * row + 1:34 * row + 33, 35:67] == make(f"t{tau}", "--tau", tau, n=4)[1]).all()
 
@@ -119,6 +120,12 @@ def test_guidance_is_refused_without_a_null_class(trained, tiny_data, tiny_size,
     assert error.value.code == 2 and "--label-dropout 0" in capsys.readouterr().err
 
 
+def test_what_wrappers_put_before_the_weights_names_is_taken_off(trained):
+    a, ckpt = make("a"), torch.load("runs/a/ckpt.pt")
+    torch.save(dict(ckpt, ema={"module._orig_mod." + key: value for key, value in ckpt["ema"].items()}), "wrapped.pt")
+    assert (make("b", "--ckpt", "wrapped.pt") == a).all()
+
+
 def test_a_wrong_checkpoint_is_refused_by_name(trained, tiny_vq):
     for path, message in ((tiny_vq, "not a checkpoint of train.py"), ("nowhere.pt", "no such file")):
         with pytest.raises(InputError, match=f"{Path(path).name}.*{message}"):
@@ -150,11 +157,15 @@ def test_the_baselines_train_and_sample_and_refuse_what_means_nothing_to_them(tr
             assert error.value.code == 2 and "leave it out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--tau", "--steps", "--num-samples", "--per-proc-batch-size"])
-def test_flags_out_of_range_exit_with_code_2_and_a_sentence(flag, capsys):
+@pytest.mark.parametrize("flags, message", [
+    *((f"{flag} 0", f"{flag} 0") for flag in ("--tau", "--steps", "--num-samples", "--per-proc-batch-size")),
+    ("--tau 1e-42", "--tau 1e-42"), ("--cfg-scale nan", "--cfg-scale nan"), ("--trajectory --tau 0.3 0.9", "--trajectory"),
+    ("--npz --tau 0.3 0.9", "--npz"), ("--npz --trajectory", "--npz"), (f"--out {__file__}", "is a file"),
+    (f"--out {__file__}/a", "is a file"), ("--out .", "no name of its own")])
+def test_flags_that_make_no_sense_exit_with_code_2_and_a_sentence(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
-        sample.main([flag, "0"])
-    assert error.value.code == 2 and f"{flag} 0" in capsys.readouterr().err
+        sample.main(flags.split())
+    assert error.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_the_documented_commands_work_one_after_the_other(tmp_path, tiny_data):

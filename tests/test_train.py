@@ -100,17 +100,38 @@ def test_the_log_of_N_and_N_steps_is_that_of_2N_between_its_lines_too(run):
     assert [r["step"] for r in half[1]] == [1, 4, 8, 12, 14] and half[1] == run("whole", "--steps", 14, "--log-every", 4)[1]
 
 
+def test_what_is_no_run_is_not_resumed(run, tiny_vq):
+    Path("runs/a").mkdir(parents=True)
+    Path("runs/a/ckpt.pt").write_bytes(tiny_vq.read_bytes())
+    with pytest.raises(InputError, match="runs/a/ckpt.pt: not a checkpoint of train.py"):
+        run("a", "--steps", 2, "--resume")
+
+
+def test_a_name_no_folder_can_have_is_refused(run, capsys):
+    Path("runs").mkdir()
+    Path("runs/a").write_text("a file")
+    with pytest.raises(SystemExit) as caught:
+        run("a", "--steps", 2)
+    assert caught.value.code == 2 and "--name: runs/a is a file" in capsys.readouterr().err
+
+
 def test_flags_of_a_resumed_run_reach_the_optimizer(run):
     run("a", "--steps", 1, "--weight-decay", 0.5)
     ckpt, _ = run("a", "--steps", 2, "--resume", "--weight-decay", 0.25)
     assert [group["weight_decay"] for group in ckpt["opt"]["param_groups"]] == [0.25]
 
 
-def test_a_run_that_died_before_its_first_checkpoint_begins_anew(run):
-    run("a", "--steps", 2)
-    Path("runs/a/ckpt.pt").unlink()
+def test_a_run_that_died_before_its_first_step_begins_anew(run):
+    Path("runs/a/samples").mkdir(parents=True)
+    Path("runs/a/log.jsonl").touch()
     _, log = run("a", "--steps", 3)
     assert [r["step"] for r in log] == [1, 2, 3]
+
+
+def test_resuming_with_another_interval_keeps_the_lines_there_are(run):
+    run("a", "--steps", 8, "--log-every", 2)
+    _, log = run("a", "--steps", 9, "--log-every", 3, "--resume")
+    assert [r["step"] for r in log] == [1, 2, 4, 6, 9]     # 8 was the last line's and no multiple of 3
 
 
 def test_pictures_can_be_left_out(run):
@@ -163,10 +184,12 @@ def test_a_signal_finishes_the_step_saves_and_exits(tmp_path, tiny_data):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_checkpoint(run):
-    with pytest.raises(InputError, match=r"step [0-9]+: the loss is (nan|inf)"):
+    with pytest.raises(InputError, match=r"step [0-9]+: the loss is (nan|inf).*runs/a/ckpt.pt stays as it was"):
         run("a", "--steps", 50, "--lr", 1e30, "--ckpt-every", 1)
     ckpt, log = read("a")
     assert ckpt["step"] == log[-1]["step"] < 50
+    with pytest.raises(InputError, match="no checkpoint was due: start anew with a smaller --lr"):
+        run("b", "--steps", 50, "--lr", 1e30)
 
 
 def test_a_run_is_not_overwritten(run):
@@ -175,6 +198,16 @@ def test_a_run_is_not_overwritten(run):
         run("a", "--steps", 1)
     with pytest.raises(InputError, match="--steps 1: runs/a has done 1 already"):
         run("a", "--steps", 1, "--resume")
+
+
+@pytest.mark.parametrize("left", ["ckpt-0000005.pt", "log.jsonl"])
+def test_what_a_run_left_without_a_checkpoint_is_not_overwritten(run, left):
+    file = Path("runs/a", left)
+    file.parent.mkdir(parents=True)
+    file.write_text("valuable")
+    with pytest.raises(InputError, match="runs/a already holds a run"):
+        run("a", "--steps", 2)
+    assert file.read_text() == "valuable" and len(list(file.parent.iterdir())) == 1
 
 
 def test_runs_without_a_name_are_numbered(run, tiny_data, tiny_size):
@@ -188,8 +221,10 @@ def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tin
     args, _, _ = train.parse(["--data", str(tiny_data), "--lr", "0.25", "--no-ema-ramp"])
     assert (args.lr, args.model, args.ema_ramp, args.global_batch_size) == (0.25, tiny_size, False, 256)
     (tiny_data / "recipe.json").write_text(json.dumps(dict(learning_rate=0.5)))
-    with pytest.raises(InputError, match="recipe.json: learning_rate is no flag of train.py"):
-        train.parse(["--data", str(tiny_data)])
+    for key in ("learning_rate", "resume", "data"):
+        (tiny_data / "recipe.json").write_text(json.dumps({key: True}))
+        with pytest.raises(InputError, match=f"recipe.json: {key} is no setting of train.py"):
+            train.parse(["--data", str(tiny_data)])
 
 
 def test_the_defaults_are_the_papers(tmp_path):
@@ -233,12 +268,16 @@ def test_a_folder_of_images_is_refused_with_the_command_that_prepares_it(tmp_pat
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda d: (d / "labels.npy").unlink(), "labels.npy is missing"),
-    (lambda d: np.save(d / "labels.npy", np.zeros(7)), "labels.npy"),
+    (lambda d: np.save(d / "labels.npy", np.zeros(40)), "labels.npy float64"),
+    (lambda d: np.save(d / "labels.npy", np.zeros((40, 1), int)), "labels.npy .40, 1"),
+    (lambda d: np.save(d / "labels.npy", np.full(40, "cat")), "labels.npy"),
+    (lambda d: np.save(d / "codes.npy", np.full((40, 4, 4), -1)), "codes.npy is of type int64"),
     (lambda d: np.save(d / "labels.npy", np.full(40, 9)), "names class 9 of 3"),
     (lambda d: np.save(d / "codes.npy", np.full((40, 4, 4), 99, np.uint16)), "code 99"),
     (lambda d: (d / "tiny_vq.pt").write_text("") or edit(d, tokenizer="tiny_vq.pt"), "tiny_vq.pt"),
     (lambda d: (d / "meta.json").write_text("{"), "meta.json"),
     (lambda d: edit(d, classes=None), "meta.json"),
+    (lambda d: edit(d, tokenizer="gone.pt"), "meta.json: its .tokenizer., .*gone.pt, is not there"),
     (lambda d: (d / "codes.npy").write_bytes((d / "codes.npy").read_bytes()[:300]), "codes.npy"),
     (lambda d: np.save(d / "codes_flip.npy", np.zeros((2, 4, 4), np.uint16)), "codes_flip.npy"),
     (lambda d: np.save(d / "codes_flip.npy", np.full((40, 4, 4), 32, np.uint16)), "holds code 32"),
@@ -255,12 +294,14 @@ def edit(data, **changes):
     (data / "meta.json").write_text(json.dumps(meta))
 
 
-@pytest.mark.parametrize("recipe", [dict(precision="fp16"), dict(objective="diffusion"), dict(model="DiT-XXL/2")])
-def test_a_recipe_out_of_range_is_refused_as_a_flag_is(recipe, tiny_data, capsys):
+@pytest.mark.parametrize("recipe", [dict(precision="fp16"), dict(objective="diffusion"), dict(model="DiT-XXL/2"), dict(steps=2.5),
+                                    dict(steps=None), dict(lr=[1]), dict(ema_ramp="no"), dict(lr=True), dict(lr=False)])
+def test_a_recipe_that_makes_no_sense_is_refused_as_a_flag_is(recipe, tiny_data, capsys):
     (tiny_data / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(SystemExit) as caught:
         train.main(["--data", str(tiny_data)])
-    assert caught.value.code == 2 and f"--{next(iter(recipe))} {next(iter(recipe.values()))}" in capsys.readouterr().err
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert caught.value.code == 2 and "recipe.json: error: " in line and next(iter(recipe)).replace("_", "-") in line
 
 
 def test_a_grid_the_patches_do_not_fill_is_refused(run):
@@ -271,7 +312,8 @@ def test_a_grid_the_patches_do_not_fill_is_refused(run):
 @pytest.mark.parametrize("flags, message", [
     (["--steps", "0"], "--steps 0"), (["--lr", "-1"], "--lr"), (["--ema-decay", "1"], "--ema-decay"),
     (["--model", "DiT-XXL/2"], "--model"), (["--label-dropout", "1.5"], "--label-dropout"), (["--seed", "-1"], "--seed"),
-    (["--sample-every", "-1"], "--sample-every"), (["--global-batch-size", "x"], "invalid")])
+    (["--sample-every", "-1"], "--sample-every"), (["--global-batch-size", "x"], "invalid"), (["--z-loss", "-1"], "--z-loss"),
+    (["--seed", str(2 ** 64)], "--seed")])
 def test_flags_out_of_range_exit_with_code_2_and_a_sentence(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         train.parse(flags)
