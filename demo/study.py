@@ -151,8 +151,8 @@ class Study:
             np.savez("samples.npz", arr_0=pixels)
             save_json(Path("samples.json"), {"data": str(self.data.path), "num_samples": len(pixels)})
             self.scores[key] = fid.compare(SimpleNamespace(
-                samples=Path("samples.npz"), ref=None, features=None, weights=None, save_stats=None, device=self.device,
-                batch_size=32, num_workers=0))["value"]
+                samples=Path("samples.npz"), ref=None, features=None, weights=None, save_stats=None, json=None,
+                device=self.device, batch_size=32, num_workers=0))["value"]
             with open(self.file, "a", newline="") as f:
                 csv.writer(f).writerow([*key, self.scores[key]])
             print(*key, f"{self.scores[key]:.4f}", flush=True)

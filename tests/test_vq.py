@@ -934,6 +934,15 @@ def test_a_size_that_is_no_multiple_of_a_code_is_refused(monkeypatch, images, ti
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interruption_ends_with_one_line(monkeypatch):
+    def main():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sys, "argv", ["vq.py"])
+    with pytest.raises(SystemExit) as ended:
+        vq.run_script(main)
+    assert ended.value.code == "vq.py: interrupted; the same command goes on where it stopped"
+
+
 def test_the_command_ends_with_one_line_and_no_traceback(monkeypatch, images, tmp_path):
     monkeypatch.setattr(sys, "argv", ["vq.py", str(images), "--vq", str(tmp_path / "nowhere.pt"), "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit) as ended:
