@@ -22,6 +22,7 @@ import csv
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,8 @@ class Study:
         if last.exists():
             return run
         begun, every = (run.folder / "ckpt.pt").exists(), str(self.marks.step)
+        if not begun:
+            shutil.rmtree(run.folder, ignore_errors=True)  # of a run killed before its first checkpoint
         with embedding_of(run.time_scale):
             train.main(["--data", str(self.data.path), "--name", run.folder.name, "--objective", run.objective,
                         "--lr", str(run.lr), "--seed", str(run.seed), "--steps", str(self.marks[-1]), "--ckpt-every", every,
