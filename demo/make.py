@@ -1,6 +1,6 @@
 """Make the demo's data directory from nothing: draw cats, train their tokenizer, encode them.
 
-    python demo/make.py                        # about 75 minutes on 2 CPU cores
+    python demo/make.py                        # under two hours on 2 CPU cores
 
 It writes beside itself what train.py, sample.py and fid.py read: tokenizer.pt (a VQ of vq.py: 64x64 pixels become
 8x8 codes, K = 1024, D = 4), codes.npy and labels.npy (the training cats), reference.npz (held-out cats), meta.json, and
@@ -170,7 +170,7 @@ def main():
     parser.add_argument("--out", type=Path, default=HERE, help="data directory to write")
     parser.add_argument("--num-images", type=int, default=10000, help="training cats")
     parser.add_argument("--num-reference", type=int, default=2000, help="held-out cats")
-    parser.add_argument("--steps", type=int, default=14000, help="training steps of the tokenizer")
+    parser.add_argument("--steps", type=int, default=22000, help="training steps of the tokenizer")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step")
     parser.add_argument("--lr", type=float, default=2e-2, help="peak learning rate of Muon")
     parser.add_argument("--seed", type=int, default=0, help="seed of the tokenizer's training")
