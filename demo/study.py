@@ -1,7 +1,7 @@
 """Show the paper's claims at small scale: Purrception against its two baselines, on the demo's cats.
 
     pip install -r demo/requirements.txt       # matplotlib, for the figures
-    python demo/study.py --quick               # five minutes on 2 CPU cores: one seed, one learning rate, short runs
+    python demo/study.py --quick               # six minutes on 2 CPU cores: one seed, one learning rate, short runs
     python demo/study.py                       # two hours, 6 GB in study/; interrupted, the same command goes on
 
 One network but for its ends, one batch, one number of steps for the three objectives; the learning rate of each is the
@@ -268,7 +268,7 @@ QUESTIONS = {"convergence": compare_objectives, "temperature": sweep_temperature
 def main():
     """Read the flags, answer the questions one by one, write the figures."""
     parser = argparse.ArgumentParser(description="Purrception against its baselines on the demo's cats.")
-    parser.add_argument("--quick", action="store_true", help="one seed, short runs: five minutes on 2 CPU cores")
+    parser.add_argument("--quick", action="store_true", help="one seed, short runs: six minutes on 2 CPU cores")
     parser.add_argument("--data", type=Path, default=HERE, help="data directory; its recipe.json sets network and batch")
     parser.add_argument("--out", type=Path, help="folder to write; default: study, or study-quick")
     args = parser.parse_args()
