@@ -407,13 +407,12 @@ def recorded(samples):
     """
     path = samples.absolute()
     path = path.with_name((path.stem if path.suffix == ".npz" else path.name) + ".json")
-    sidecar, meta = {}, {}
+    sidecar = {}
     with contextlib.suppress(InputError):                  # another program's file
         sidecar = read_json(path)
-    if isinstance(sidecar.get("data"), str) and isinstance(sidecar.get("num_samples"), int):
-        meta = read_json(Path(sidecar["data"]) / "meta.json")
-    else:
-        sidecar = {}
+    if not (isinstance(sidecar.get("data"), str) and isinstance(sidecar.get("num_samples"), int)):
+        return path, {}, {}
+    meta = read_json(Path(sidecar["data"]) / "meta.json")
     if meta.get("reference"):
         meta["reference"] = Path(sidecar["data"]) / meta["reference"]
     return path, sidecar, meta

@@ -166,8 +166,12 @@ class Purrception(nn.Module):
 
     def start(self, B, generator=None, grid=None):
         """Draw the noise paths begin with: z0 [B,d,h,w], normal, on the generator's device; grid (h, w) is the network's."""
+        return self.draw(torch.randn, B, self.codebook.shape[1], generator, grid)
+
+    def draw(self, random, B, channels, generator, grid):
+        """Draw random numbers [B,channels,h,w] by torch.randn or torch.rand, as start() says."""
         grid, device = grid or 2 * (self.model.input_size,), self.codebook.device if generator is None else generator.device
-        return torch.randn(B, self.codebook.shape[1], *grid, generator=generator, device=device)
+        return random(B, channels, *grid, generator=generator, device=device)
 
     def noise(self, B, generator=None, grid=None):
         """Draw what one training step needs: times t [B] in [0,1), start(), labels to drop [B] bool.
@@ -330,8 +334,7 @@ class DFM(Purrception):
 
     def start(self, B, generator=None, grid=None):
         """Draw two uniform numbers per position [B,2,h,w]: when it is unmasked, and what it turns into."""
-        grid, device = grid or 2 * (self.model.input_size,), self.codebook.device if generator is None else generator.device
-        return torch.rand(B, 2, *grid, generator=generator, device=device)
+        return self.draw(torch.rand, B, 2, generator, grid)
 
     def path(self, z0, codes, t):
         """Show the codes [B,h,w] whose time has come and mask the others: [B,h,w] in 0..K."""
@@ -358,14 +361,14 @@ class DFM(Purrception):
         when, which = noise.unbind(1)
         uniform = to_tokens(which, self.patch).flatten(0, 1)             # [BN,G]
 
-        def draw(logits, g, some):                                       # invert the distribution function
+        def unmask(logits, g, some):                                     # invert the distribution function
             total = torch.softmax(logits / tau, 1).cumsum(1)             # [n,K]
             return torch.searchsorted(total, uniform[some, g, None] * total[:, -1:]).clamp(max=total.shape[1] - 1)
 
         z = torch.full_like(when, len(self.codebook), dtype=torch.long)
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
-            drawn = self.map_head(draw, z, t, y, cfg).squeeze(-1)
+            drawn = self.map_head(unmask, z, t, y, cfg).squeeze(-1)
             z = torch.where((z == len(self.codebook)) & (when < (s + 1) / steps), drawn, z)
         return z
 

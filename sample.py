@@ -181,9 +181,10 @@ def parse(argv):
         parser.error(f"--seed {args.seed}: give 0 or a number above it")
     if not math.isfinite(args.cfg_scale):
         parser.error(f"--cfg-scale {args.cfg_scale}: give a finite number")
-    if args.trajectory and len(args.tau or []) > 1:
+    several = len(args.tau or []) > 1
+    if args.trajectory and several:
         parser.error("--trajectory: takes one --tau")
-    if args.npz and (args.trajectory or len(args.tau or []) > 1):
+    if args.npz and (args.trajectory or several):
         parser.error("--npz: packs samples; leave it out for a picture of several --tau or of a --trajectory")
     for tau in args.tau or []:
         if not tau >= 1e-30:                               # float32 ends at 1e38

@@ -412,13 +412,13 @@ def flags(prog=None):
 
 def read_recipe(path):
     """Read recipe.json as the flags it stands for: a dictionary of their values. Exits as a wrong flag does, naming the file."""
-    recipe = read_json(path)
-    unknown = sorted(set(recipe) - set(vars(flags().parse_args([]))) | {"data", "name", "resume"} & set(recipe))
-    if unknown:
+    recipe, parser = read_json(path), flags(prog=str(path))
+    known = set(vars(parser.parse_args([]))) - {"data", "name", "resume"}
+    if unknown := sorted(set(recipe) - known):
         raise InputError(f"{path}: {', '.join(unknown)} is no setting of train.py; correct or remove it")
     words = [f"--{'no-' * (value is False)}{key.replace('_', '-')}" + f"={value}" * (not isinstance(value, bool))
              for key, value in recipe.items()]             # ema_ramp: true is --ema-ramp, steps: 2000 is --steps=2000
-    values = vars(flags(prog=str(path)).parse_args(words))
+    values = vars(parser.parse_args(words))
     return {key: values[key] for key in recipe}
 
 

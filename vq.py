@@ -592,9 +592,13 @@ def load_pictures(paths, rows, args):
                                        pin_memory=torch.cuda.is_available())
 
 
-def claim_folder(out, task, shapes):
-    """Make the arrays `shapes` in the data directory out and note the task; or find it begun, with the same task."""
-    note = out / "partial.json"
+def claim_folder(args, paths, shapes):
+    """Make the arrays `shapes` in the data directory args.out and note what is encoded; or find the same encoding begun."""
+    names = "\n".join(str(p.relative_to(args.images)) for p in paths)
+    task = dict(tokenizer=str(args.vq.resolve()), tokenizer_sha256=hashlib.sha256(args.vq.read_bytes()).hexdigest(),
+                image_size=args.size, flip=args.flip, files=hashlib.sha256(names.encode()).hexdigest())
+    print(f"{args.vq}: sha256 {task['tokenizer_sha256']}")
+    out, note = args.out, args.out / "partial.json"
     if not note.exists():
         for name in ("meta.json", "codes.npy", "codes_flip.npy", "labels.npy"):
             if (out / name).exists():
@@ -618,13 +622,8 @@ def encode_folder(args, vq, rank, world, device):
     if args.reference:
         check_reference(args.reference)                    # a wrong path is told now, not after hours of encoding
     kinds, N, side = ["codes", "codes_flip"][:1 + args.flip], len(paths), args.size // vq.factor
-    names = "\n".join(str(p.relative_to(args.images)) for p in paths)
-    task = dict(tokenizer=str(args.vq.resolve()), tokenizer_sha256=hashlib.sha256(args.vq.read_bytes()).hexdigest(),
-                image_size=args.size, flip=args.flip, files=hashlib.sha256(names.encode()).hexdigest())
-    if rank == 0:
-        print(f"{args.vq}: sha256 {task['tokenizer_sha256']}")
     shapes = {kind: (np.uint16, N, side, side) for kind in kinds} | {"done": (np.uint8, N)}
-    first_process_only(lambda: claim_folder(args.out, task, shapes), rank, world)
+    first_process_only(lambda: claim_folder(args, paths, shapes), rank, world)
     maps = {kind: np.load(args.out / f"{kind}.npy", mmap_mode="r+") for kind in shapes}
     todo = np.flatnonzero(maps["done"] == 0)
     wait(world)                                            # every process must have read `done` before one writes it
@@ -645,7 +644,7 @@ def encode_folder(args, vq, rank, world, device):
     if rank == 0:
         reference = crop_reference(args) if args.reference else None
         finish_folder(args.out, maps, labels, [str(p) for p in paths], dict(
-            tokenizer=task["tokenizer"], image_size=args.size, classes=classes, reference=reference, features="inception"))
+            tokenizer=str(args.vq.resolve()), image_size=args.size, classes=classes, reference=reference, features="inception"))
 
 
 def finish_folder(out, maps, labels, paths, meta):

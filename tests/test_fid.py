@@ -414,7 +414,7 @@ def test_samples_without_a_reference_are_told_to_name_one(cheap, tmp_path, capsy
     (tmp_path / "meta.json").write_text("{")
     assert "meta.json is no JSON dictionary" in refused(capsys, samples)
     sidecar.write_text("{")
-    assert "--ref" in refused(capsys, samples)
+    assert "--ref" in refused(capsys, samples) and str(sidecar) in refused(capsys, samples)
 
 
 def test_another_programs_json_beside_the_samples_does_not_stand_in_the_way(cheap, tmp_path, capsys):
@@ -487,7 +487,7 @@ def test_a_bad_image_in_a_worker_process_is_refused_in_one_sentence(cheap, tmp_p
 def test_bad_flags_are_refused(cheap, tmp_path, capsys, monkeypatch):
     good = folder(tmp_path / "good", 3)
     Path("stats.npz").mkdir()
-    for argv, word in ((["--batch-size", 0], "--batch-size"), (["--json", "no/where.json"], "no/where.json"),
+    for argv, word in ((["--batch-size", 0], "--batch-size"), (["--json", "no/where.json"], "no/where.json is a folder, or lies in no folder"),
                        (["--json", "good"], "good is a folder"), (["--save-stats", "stats.npz"], "stats.npz is a folder"),
                        (["--save-stats", "stats.dat"], "end in .npz"), (["--features", "clip"], "--features"),
                        (["--features", "untrained", "--weights", "w.pth"], "--weights")):

@@ -268,6 +268,7 @@ def test_a_folder_of_images_is_refused_with_the_command_that_prepares_it(tmp_pat
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda d: (d / "labels.npy").unlink(), "labels.npy is missing"),
+    (lambda d: np.save(d / "labels.npy", np.zeros(7, int)), "labels.npy .7,.,"),
     (lambda d: np.save(d / "labels.npy", np.zeros(40)), "labels.npy float64"),
     (lambda d: np.save(d / "labels.npy", np.zeros((40, 1), int)), "labels.npy .40, 1"),
     (lambda d: np.save(d / "labels.npy", np.full(40, "cat")), "labels.npy"),
