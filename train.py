@@ -1,17 +1,18 @@
-"""Train Purrception, or one of its baselines, on a data directory of codes: one readable loop, on a laptop or on many GPUs.
+"""Train Purrception, or one of its baselines, on the codes of a data directory.
 
-    python train.py                                            the embedded cats, about 5 minutes on 2 CPU cores
-    torchrun --nproc_per_node=8 train.py --data data/imagenet --name xl2         the paper's run
-    torchrun --nproc_per_node=8 train.py --name xl2 --resume       goes on where it stopped; on a CPU bit for bit
-    torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:PORT train.py ...   on each machine
+    python train.py                                                          the demo's cats, on a laptop
+    torchrun --nproc_per_node=8 train.py --data data/imagenet --name xl2     the paper's run
+    torchrun --nproc_per_node=8 train.py --name xl2 --resume                 go on where it stopped
 
-Defaults are the paper's; recipe.json in the data directory overrides them, and the command line overrides both. A run
-writes runs/NAME/: ckpt.pt (newest), log.jsonl, and samples/ of the EMA weights from one fixed noise.
+The defaults are the paper's; the flags in the data directory's recipe.txt override them, and the command line
+overrides both. A run writes runs/NAME/: ckpt.pt, the newest checkpoint; log.jsonl; and samples/, pictures by
+the averaged weights, always from the same noise.
 
-There is no hidden state: the order of the data is a function of (seed, epoch), the noise of (seed, step), and each process
-takes its slice of both. So one process or eight, interrupted or not, see the same training, up to rounding.
+The order of the data is a function of (seed, epoch), the noise of (seed, step), and each process takes its
+slice of both. So one process or eight, interrupted or not, run the same training up to rounding, and resumed
+on a CPU bit for bit.
 
-Shapes: B global batch, b micro-batch of one process, h w grid of codes.
+Shapes: B global batch, b micro-batch of a process, N images, h w grid of codes.
 """
 import argparse
 import contextlib
@@ -21,455 +22,389 @@ import itertools
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from flow import OBJECTIVES, seeded
+from flow import OBJECTIVES
 from model import SIZES, DiT
-from vq import (SUFFIXES, InputError, decode_pixels, first_process_only, join_processes, load_vq, new_or_old_folder,
-                read_checkpoint, read_json, replacing, run_script, save_image, sheet, unwrapped)
+from vq import (InputError, decode_pixels, load_vq, read_checkpoint, read_json, replacing, save_image, sheet,
+                start_process)
 
 HERE = Path(__file__).resolve().parent
-PRECISIONS = ("auto", "bf16", "float32")
 
 
-# ------------------------------------------------------------------------------------------------ data
+# ------------------------------ data
 
 class Data(NamedTuple):
-    """A data directory, opened: codes [N,h,w] uint16 (memory-mapped), their mirrored twins or None, labels [N], meta."""
+    """A data directory: codes and their mirrored twins, uint16 [N,h,w], memory-mapped; labels [N]."""
+
     path: Path
-    codes: np.ndarray
-    twins: np.ndarray | None
-    labels: np.ndarray
     meta: dict
-
-
-def read_npy(path, mmap_mode=None):
-    """Open an .npy array. Raises InputError, naming the file, where it is damaged."""
-    try:
-        return np.load(path, mmap_mode)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: is no whole .npy array ({error}); encode the images again") from None
+    codes: np.ndarray
+    twins: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray                            # of the images that could be read
 
 
 def open_data(path):
-    """Open a data directory (what vq.py writes; demo/ is one). Raises InputError naming the file that is wrong."""
+    """Open a data directory, the demo's or one by vq.py. Raises InputError for anything else."""
     path = Path(path).resolve()
-    if not path.is_dir():
-        raise InputError(f"--data {path}: no such folder; give one that vq.py wrote")
-    if (path / "partial.json").exists():
-        raise InputError(f"--data {path}: its encoding is not finished; repeat the vq.py command")
-    for name in ("meta.json", "codes.npy", "labels.npy"):
-        if not (path / name).exists():
-            if any(p.suffix.lower() in SUFFIXES for p in path.rglob("*")):
-                raise InputError(f"--data {path}: a folder of images, not of codes; prepare it with: "
-                                 f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
-            raise InputError(f"--data {path}: {name} is missing; give a folder that vq.py wrote")
+    if not (path / "meta.json").exists():
+        raise InputError(f"--data {path}: not a data directory; make one of images by: "
+                         f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
     meta = read_json(path / "meta.json")
-    if not isinstance(meta.get("classes"), list) or not isinstance(meta.get("tokenizer"), str):
-        raise InputError(f"{path}/meta.json: has no list of \"classes\" or no \"tokenizer\" file; encode the images again")
-    codes, labels = read_npy(path / "codes.npy", mmap_mode="r"), read_npy(path / "labels.npy")
-    twins = read_npy(path / "codes_flip.npy", mmap_mode="r") if (path / "codes_flip.npy").exists() else None
-    if codes.dtype.kind != "u" or labels.dtype.kind not in "iu":
-        raise InputError(f"--data {path}: codes.npy is of type {codes.dtype} and labels.npy {labels.dtype}, not uint16 and "
-                         "int64; encode the images again")
-    if codes.ndim != 3 or labels.shape != codes.shape[:1] or len(codes) == 0 or codes.shape[1] != codes.shape[2]:
-        raise InputError(f"--data {path}: codes.npy is {codes.shape} and labels.npy {labels.shape}, not [N,h,h] and [N]; "
-                         "encode the images again")
-    if twins is not None and (twins.shape, twins.dtype) != (codes.shape, codes.dtype):
-        raise InputError(f"--data {path}: codes_flip.npy is {twins.dtype} {twins.shape} and codes.npy {codes.dtype} "
-                         f"{codes.shape}; encode the images again")
-    if labels.min() < 0 or labels.max() >= len(meta["classes"]):
-        raise InputError(f"--data {path}: labels.npy names class {labels.max()} of {len(meta['classes'])} in meta.json; "
-                         "encode the images again")
-    return Data(path, codes, twins, labels, meta)
+    try:
+        codes = np.load(path / "codes.npy", mmap_mode="r")
+        flipped = path / "codes_flip.npy"
+        twins = np.load(flipped, mmap_mode="r") if flipped.exists() else codes
+        labels = np.load(path / "labels.npy")
+        N, side, _ = codes.shape
+        whole = codes.shape == twins.shape == (N, side, side) and labels.shape == (N,)
+        typed = codes.dtype == twins.dtype == np.uint16 and labels.dtype.kind in "iu"
+        named = 0 <= labels.max() < len(meta["classes"]) and isinstance(meta["tokenizer"], str)
+    except Exception as error:                  # damaged headers fail in a dozen ways
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"--data {path}: cannot be read ({why}); encode the images again") from None
+    if not (whole and typed and named):
+        raise InputError(f"--data {path}: codes.npy, {codes.dtype} {codes.shape}, labels.npy, {labels.dtype} "
+                         f"{labels.shape}, and meta.json do not fit together; encode the images again")
+    return Data(path, meta, codes, twins, labels, np.flatnonzero(labels >= 0))
 
 
-def check_codes(data, K, size):
-    """Raise InputError where codes are not among the tokenizer's K, or their grid does not split into the network's patches."""
-    side, p = data.codes.shape[1], SIZES[size]["patch_size"]
-    if side % p:
-        raise InputError(f"--model {size}: its patches of {p} do not fill the {side}x{side} grid of {data.path}; choose another")
-    for name, codes in (("codes.npy", data.codes), ("codes_flip.npy", data.twins)):
-        if codes is not None and codes.max() >= K:
-            raise InputError(f"{data.path / name}: holds code {codes.max()}, and {data.meta['tokenizer']} has only {K}; encode "
-                             "the images again")
+def check_codes(data, K, patch_size):
+    """Raise InputError if patches do not fill the grid, or if there are codes the tokenizer does not have."""
+    side = data.codes.shape[1]
+    if side % patch_size:
+        raise InputError(f"--model: patches of {patch_size} do not fill the grid of {side}x{side} codes; "
+                         "choose another size")
+    top = max(data.codes.max(), data.twins.max())
+    if top >= K:                                # 65535 stands where nothing is encoded yet
+        raise InputError(f"--data {data.path}: holds code {top}, its tokenizer has {K} codes; repeat an "
+                         "interrupted vq.py command, or encode the images again")
 
 
 def open_tokenizer(data, device):
-    """Load the tokenizer a data directory was encoded with; its path in meta.json may be relative to the directory."""
-    path = data.path / data.meta["tokenizer"]
-    if not path.is_file():
-        raise InputError(f"{data.path}/meta.json: its \"tokenizer\", {path}, is not there; put it back, or correct meta.json")
-    return load_vq(path).to(device)
+    return load_vq(data.path / data.meta["tokenizer"]).to(device)
 
 
 @functools.lru_cache(2)
 def epoch_order(N, seed, epoch):
-    """Return the order of N rows in an epoch: a permutation, a pure function of (seed, epoch)."""
+    """Return the order of N images in an epoch, a function of (seed, epoch)."""
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
 def batch_rows(N, B, seed, step):
-    """Return the B rows of a step: the epochs' permutations, one behind the other, cut into batches."""
+    """Return the numbers of the B images of a step: the epochs, one after the other, cut into batches."""
     epochs, places = np.divmod(np.arange(step * B, (step + 1) * B), N)
-    return np.array([epoch_order(N, seed, e)[i] for e, i in zip(epochs, places)])
+    return np.array([epoch_order(N, seed, epoch)[i] for epoch, i in zip(epochs, places)])
 
 
 def load_batch(data, rows, mirror, device):
-    """Read codes [B,h,w] int64 and labels [B] int64 of rows [B], the mirrored twin where mirror [B] says so."""
-    codes = data.codes[rows]
-    if data.twins is not None:
-        codes = np.where(mirror[:, None, None], data.twins[rows], codes)
-    return [torch.from_numpy(a.astype(np.int64)).to(device) for a in (codes, data.labels[rows])]
+    """Read codes [B,h,w] int64, mirrored where mirror [B] says so, and labels [B] int64 of rows [B]."""
+    codes = np.where(mirror[:, None, None], data.twins[rows], data.codes[rows])
+    return [torch.from_numpy(x.astype(np.int64)).to(device) for x in (codes, data.labels[rows])]
 
 
-# ------------------------------------------------------------------------------------------------ networks
+def seeded(device, *key):
+    """Return a torch.Generator on the device, a function of the integers in key."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+
+
+# ------------------------------ networks
 
 def build(args, meta, codebook, side):
-    """Build the method and its network as args say, for this data: grid side, codebook [K,d] and number of classes."""
-    method, size = OBJECTIVES[args["objective"]], SIZES[args["model"]]
-    inputs = size["hidden_size"] if args["objective"] == "dfm" else codebook.shape[1]  # dfm embeds its codes
-    model = DiT(input_size=side, in_channels=inputs, out_channels=method.outputs(codebook),
-                num_classes=len(meta["classes"]), **size)
-    knobs = {} if args["objective"] == "cfm" else {"z_loss": args["z_loss"]}
-    return method(model, codebook, label_dropout=args["label_dropout"], **knobs)
+    """Build the method and its network as args say, for a codebook [K,d] and a grid of side x side codes."""
+    K, d = codebook.shape
+    size = SIZES[args.model]
+    model = DiT(
+        input_size=side,
+        in_channels=size["hidden_size"] if args.objective == "dfm" else d,  # dfm embeds its codes
+        out_channels=d if args.objective == "cfm" else K,
+        num_classes=len(meta["classes"]),
+        **size)
+    method = OBJECTIVES[args.objective]
+    if args.objective == "cfm":
+        return method(model, codebook, args.label_dropout)
+    return method(model, codebook, args.z_loss, args.label_dropout)
 
 
 def bf16_is_fast(device):
-    """Tell whether the hardware itself multiplies bf16."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def half_precision(device, precision):
-    """Return the autocast that `precision` asks for; auto is bf16 where that is fast."""
-    enabled = precision == "bf16" or precision == "auto" and bf16_is_fast(device)
-    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=enabled)
-
-
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Move the average towards the weights: ema <- decay ema + (1 - decay) model, all tensors in one call."""
+    """Move the averaged weights towards the model's: ema <- decay ema + (1 - decay) model."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ------------------------------------------------------------------------------------------------ runs and checkpoints
+# ------------------------------ runs and checkpoints
 
 def newest_run(runs=Path("runs")):
-    """Return the folder of the run whose checkpoint is newest."""
-    found = sorted(runs.glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    found = sorted(runs.glob("*/ckpt.pt"), key=os.path.getmtime)
     if not found:
-        raise InputError(f"{runs}/: holds no checkpoint yet; run python train.py first")
+        raise InputError(f"{runs}/: holds no checkpoint; run python train.py first")
     return found[-1].parent
 
 
 def new_run(name):
-    """Make the folder of a new run: runs/NAME, or the first free number. Raises InputError where NAME holds a run."""
-    if name and any(file.stat().st_size for kind in ("log.jsonl", "ckpt*.pt") for file in Path("runs", name).glob(kind)):
-        raise InputError(f"--name {name}: runs/{name} already holds a run; add --resume to go on with its ckpt.pt, choose "
-                         "another name, or remove it")
-    for run in [Path("runs") / name] if name else (Path("runs") / f"{i:03d}" for i in itertools.count(1)):
-        with contextlib.suppress(FileExistsError):         # whoever makes a numbered folder has it
-            (run / "samples").mkdir(parents=True, exist_ok=bool(name))
+    """Make the folder of a new run: runs/NAME, or without a name the first number that is free."""
+    for i in itertools.count(1):
+        run = Path("runs", name or f"{i:03d}")
+        try:
+            run.mkdir(parents=True)
             return run
+        except OSError as error:
+            if name or not run.exists():
+                raise InputError(f"--name {run.name}: {run} cannot be made ({error}); go on with it by "
+                                 "--resume, or choose another name") from None
 
 
 def read_run(path):
-    """Read a checkpoint that save_checkpoint wrote; its tensors stay on the disk until used. Raises InputError for others."""
-    ckpt = read_checkpoint(path, mmap=True)
+    ckpt = read_checkpoint(path)
     if not isinstance(ckpt, dict) or not {"ema", "args", "step"} <= set(ckpt):
         raise InputError(f"{path}: not a checkpoint of train.py; give a runs/NAME/ckpt.pt")
     return ckpt
 
 
-def save_checkpoint(path, flow, ema, opt, step, args):
-    """Write a checkpoint that torch.load reads with weights_only=True, whole or not at all."""
-    with replacing(path) as partial, open(partial, "wb") as file:
-        torch.save({"model": flow.model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(), "step": step,
-                    "args": args}, file)
-        file.flush()
-        os.fsync(file.fileno())                            # on the disk before it takes the name, should the machine crash
-
-
-def restore(ckpt, path, flow, ema, opt):
-    """Put a checkpoint's tensors into the networks and the optimizer."""
+def load_weights(path, *pairs):
+    """Load state dicts into modules or optimizers, in pairs. Raises InputError if they do not fit."""
     try:
-        flow.model.load_state_dict(unwrapped(ckpt["model"]))
-        ema.load_state_dict(unwrapped(ckpt["ema"]))
-        opt.load_state_dict(ckpt["opt"])
+        for target, state in pairs:
+            target.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(f"{path}: does not fit the network the flags describe; resume with the flags it was trained with "
-                         f"({str(error).splitlines()[-1].strip()})") from None
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{path}: does not fit these flags or data ({why}); use its own") from None
 
 
-class Log:
-    """Append records to log.jsonl, one line each; a resumed run first drops the lines it will not have, or have again."""
-
-    def __init__(self, path, step, every):
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]  # not one cut by a crash
-            numbers = [json.loads(line)["step"] for line in lines]
-            due = step % every == 0 or step == 1           # else the line of the last step, which is none of 2N steps
-            with replacing(path) as partial:
-                partial.write_text("".join(line for line, number in zip(lines, numbers) if number < step + due))
-        self.file, self.clock, self.seen = open(path, "a", buffering=1), time.perf_counter(), 0
-
-    def speed(self):
-        """Return images per second since the last call; pauses do not count."""
-        seen, seconds = self.seen, time.perf_counter() - self.clock
-        self.clock, self.seen = time.perf_counter(), 0
-        return seen / seconds
-
-    @contextlib.contextmanager
-    def pause(self):
-        """Stop the clock meanwhile."""
-        start = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - start
-
-    def write(self, **record):
-        """Append a line."""
-        self.file.write(json.dumps(record) + "\n")
+def save_checkpoint(path, flow, ema, opt, step, args):
+    """Write a checkpoint, whole or not at all, which torch.load reads with weights_only=True."""
+    with replacing(path) as file:
+        torch.save({"model": flow.model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
+                    "step": step, "args": vars(args)}, file)
+        file.flush()
+        os.fsync(file.fileno())                 # before it takes the name, should the machine crash
 
 
-@contextlib.contextmanager
-def deferred_signals():
-    """Yield a list that Ctrl-C or a scheduler's SIGTERM fills meanwhile, instead of ending the program."""
-    stop = []
-    handlers = {name: signal.signal(name, lambda *_: stop.append(name)) for name in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
+def open_log(path, step):
+    """Open log.jsonl to append to, without the lines beyond `step` that a killed run may have left."""
+    lines = path.read_text().splitlines(True) if path.exists() else []
+    with replacing(path) as file:
+        for line in lines:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                file.write(line.encode())
+    return open(path, "a", buffering=1)
 
 
-def peak_memory(device):
-    """Return the most memory used so far in GiB: of the GPU, or without one of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+# ------------------------------ the loop
 
-
-# ------------------------------------------------------------------------------------------------ the loop
-
-def train(args, data, vq, ckpt, run, stop, rank, world, device):
-    """Train as args (a plain dict) say, from ckpt where one is given, until args["steps"] are done or stop holds something."""
-    N, side = data.codes.shape[:2]
-    B = args["global_batch_size"]
-    share, b = B // world, B // (world * args["accumulate"])             # of a process, of a micro-batch
-    torch.manual_seed(args["seed"])
-    flow = build(args, data.meta, vq.codebook, side).to(device)
-    average = copy.deepcopy(flow).requires_grad_(False)    # the same method on the averaged weights
-    ema = average.model
+def train(args, data, vq, ckpt, run, rank, world, device):
+    """Train until args.steps are done or a signal comes, from the checkpoint ckpt or, without one, anew."""
+    B = args.global_batch_size
+    share = B // world                          # of a process
+    b = share // args.accumulate
+    mine = slice(rank * share, (rank + 1) * share)
+    torch.manual_seed(args.seed)
+    flow = build(args, data.meta, vq.codebook, data.codes.shape[1]).to(device)
+    average = copy.deepcopy(flow).requires_grad_(False)     # the same method on averaged weights
     params = [p for p in flow.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, lr=args["lr"], betas=(0.9, 0.999), eps=1e-6, weight_decay=args["weight_decay"], fused=True)
+    opt = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
-        restore(ckpt, run / "ckpt.pt", flow, ema, opt)
-    autocast = half_precision(device, args["precision"])
-    if args["compile"]:
+        pairs = (flow.model, ckpt["model"]), (average.model, ckpt["ema"]), (opt, ckpt["opt"])
+        load_weights(run / "ckpt.pt", *pairs)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+    if args.compile:
         flow.model.hidden = torch.compile(flow.model.hidden)
-    ddp = torch.nn.parallel.DistributedDataParallel(flow, gradient_as_bucket_view=True) if world > 1 else flow
+    ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True) if world > 1 else flow
+    log = open_log(run / "log.jsonl", start) if rank == 0 else None
+    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
+    stop = []                                   # filled by Ctrl-C or SIGTERM: finish the step, save
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda *_: stop.append(True))
+    seen = seconds = 0                          # images and time since the last line of the log
 
-    log = Log(run / "log.jsonl", start, args["log_every"]) if rank == 0 else None
-    bar = tqdm(total=args["steps"], initial=start, disable=rank > 0, desc=run.name, unit=" steps", smoothing=0.02)
-
-    for step in range(start, args["steps"]):
-        mine = slice(rank * share, (rank + 1) * share)
-        rows = batch_rows(N, B, args["seed"], step)[mine]
-        mirror = np.random.default_rng((args["seed"], step, 1)).random(B)[mine] < 0.5
+    for step in range(start, args.steps):
+        tick = time.perf_counter()
+        rows = data.rows[batch_rows(len(data.rows), B, args.seed, step)[mine]]
+        mirror = np.random.default_rng((args.seed, step, 1)).random(B)[mine] < 0.5
         codes, y = load_batch(data, rows, mirror, device)
-        noise = [x[mine] for x in flow.noise(B, seeded(device, args["seed"], step))]
-
-        stats = 0                                          # means over the batch: the loss, its parts, whether to stop
+        noise = [x[mine] for x in flow.noise(B, seeded(device, args.seed, step))]
+        stats = 0                               # means over the batch: loss, parts, whether to stop
         for i in range(0, share, b):
-            some, last = slice(i, i + b), i + b == share
-            with contextlib.nullcontext() if last or world == 1 else ddp.no_sync():  # processes add up once, at the last
-                with autocast():
+            some = slice(i, i + b)
+            accumulating = world > 1 and i + b < share      # processes add up at the last micro-batch
+            with ddp.no_sync() if accumulating else contextlib.nullcontext():
+                with autocast:
                     loss, parts = ddp(codes[some], y[some], noise=[x[some] for x in noise])
-                (loss / args["accumulate"]).backward()
-            means = torch.stack([loss.detach(), *parts.values(), torch.full_like(loss, bool(stop))]).float()
-            stats = stats + means / (args["accumulate"] * world)
+                (loss / args.accumulate).backward()
+            means = torch.stack([loss.detach(), *parts.values(), torch.full_like(loss, bool(stop))])
+            stats = stats + means.float() / (args.accumulate * world)
         if world > 1:
             dist.all_reduce(stats)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args["grad_clip"])
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
         *means, stopping = stats.tolist()
-        if not math.isfinite(means[0]) or not math.isfinite(grad_norm):
-            left = f"{run}/ckpt.pt stays as it was: resume" if (run / "ckpt.pt").exists() else "no checkpoint was due: start anew"
-            raise InputError(f"step {step + 1}: the loss is {means[0]} and the gradient norm {grad_norm:.3g}; training stopped; "
-                             f"{left} with a smaller --lr")
-        lr = args["lr"] * min(1, (step + 1) / max(1, args["warmup"]))
-        for group in opt.param_groups:
-            group.update(lr=lr, weight_decay=args["weight_decay"])       # resuming, the flags win over the checkpoint
+        if not math.isfinite(means[0] + grad_norm):
+            raise InputError(f"step {step + 1}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
+                             "the last checkpoint by --resume with a smaller --lr")
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        for group in opt.param_groups:          # the flags win over a checkpoint's
+            group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
         opt.zero_grad()
-        ramp = (1 + step) / (10 + step) if args["ema_ramp"] else 1.0
-        update_ema(ema, flow.model, min(args["ema_decay"], ramp))
+        ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
+        update_ema(average.model, flow.model, min(args.ema_decay, ramp))
 
         done = step + 1
         bar.update()
+        seen += B
+        seconds += time.perf_counter() - tick   # without pictures and checkpoints
+        if rank == 0 and (done == 1 or done % args.log_every == 0):
+            record = dict(zip(("loss", *parts), means), grad_norm=grad_norm.item(), lr=lr)
+            log.write(json.dumps({"step": done, **record, "images_per_second": seen / seconds}) + "\n")
+            bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{seen / seconds:.0f}/s", refresh=False)
+            seen = seconds = 0
         if rank == 0:
-            log.seen += B
-            if done in (1, args["steps"]) or done % args["log_every"] == 0:
-                speed = log.speed()
-                log.write(step=done, **dict(zip(("loss", *parts), means)), grad_norm=grad_norm.item(), lr=lr,
-                          images_per_second=round(speed, 2), peak_memory_gib=round(peak_memory(device), 3))
-                bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{speed:.0f}/s", refresh=False)
-            with log.pause(), autocast():
-                save_due(run, done, stopping > 0, flow, average, opt, vq, args)
-        if stopping > 0:
+            with autocast:
+                save_due(run, done, stopping, flow, average, opt, vq, args)
+        if stopping:
             break
-    bar.close()
     if rank == 0:
-        stopped = f"stopped by a signal, go on with --name {run.name} --resume"
-        print(f"{run}/ckpt.pt: {done} of {args['steps']} steps; "
-              f"{'next: python sample.py' if done == args['steps'] else stopped}")
+        bar.close()
+        advice = "sample.py" if done == args.steps else f"train.py --name {run.name} --resume"
+        print(f"{run}/ckpt.pt: {done} of {args.steps} steps; next: python {advice}")
 
 
 def save_due(run, done, stopping, flow, average, opt, vq, args):
     """Write the checkpoints and the picture that are due after `done` steps."""
     def due(every):
-        return args[every] and (done % args[every] == 0 or done == args["steps"])
+        return every and (done % every == 0 or done == args.steps)
 
-    if due("keep_every"):
+    if due(args.keep_every):
         save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, average.model, opt, done, args)
-    if due("ckpt_every") or stopping:                      # after the numbered one, which a resumed run would not write
+    if due(args.ckpt_every) or stopping:        # last: a resumed run would not write the others
         save_checkpoint(run / "ckpt.pt", flow, average.model, opt, done, args)
-    if due("sample_every") and not stopping:
+    if due(args.sample_every) and not stopping:
         paint(average, vq, args, run / "samples" / f"{done:07d}.png")
 
 
+@torch.inference_mode()
 def paint(flow, vq, args, path):
-    """Save a picture of EMA samples from one fixed noise: up to ten classes across, three samples of each."""
+    """Save a picture of samples, always from the same noise: up to ten classes across, three of each."""
     columns, device = min(10, flow.model.num_classes), flow.codebook.device
     y = torch.arange(columns, device=device).repeat(3)
-    noise = flow.start(len(y), seeded(device, args["seed"]))
-    with torch.inference_mode():
-        cfg = args["sample_cfg"] if args["label_dropout"] else 1.0       # without dropout "no class" was never trained
-        codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
-        save_image(path, sheet(decode_pixels(vq, codes), columns))
+    noise = flow.prior(len(y), seeded(device, args.seed))
+    cfg = args.sample_cfg if args.label_dropout else 1.0    # "no class" is not trained without dropout
+    codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
+    save_image(path, sheet(decode_pixels(vq, codes), columns))
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------ command line
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of a flag that has one."""
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def run_name(text):
-    """Read --name, under which a folder can be made in runs/."""
-    new_or_old_folder(f"runs/{text}")
-    return text
+def number(kind, low, high=math.inf):
+    """Make an argparse type: a number of a kind, int or float, in [low, high)."""
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
+        return kind(text)
+    return number
 
 
-def flags(prog=None):
-    """Make the parser of train.py's flags; the defaults are the paper's."""
-    parser = argparse.ArgumentParser(prog, formatter_class=Formatter, description="Train Purrception, or a baseline. The "
-                                     "defaults shown are the paper's; recipe.json in the data directory overrides them.")
-    add = parser.add_argument
-    add("--data", default=str(HERE / "demo"), help="data directory: what vq.py wrote")
-    add("--name", type=run_name, help="the run's folder is runs/NAME; default: the next free number")
+def flags():
+    """Make the parser; the defaults are the paper's."""
+    parser = argparse.ArgumentParser(
+        description="Train Purrception or a baseline. The data's recipe.txt overrides the defaults.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, fromfile_prefix_chars="@")
+    parser.convert_arg_line_to_args = str.split
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    count, whole = number(int, 1), number(int, 0)
+    positive, real, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
+    add("--data", default=str(HERE / "demo"), help="data directory")
+    add("--name", help="the run's folder is runs/NAME; None: the next free number")
     add("--resume", action="store_true", help="go on with --name, or with the newest run")
-    add("--objective", default="purrception", choices=OBJECTIVES, help="the paper's method, or one of its two baselines")
+    add("--objective", default="purrception", choices=OBJECTIVES, help="the paper's method or a baseline")
     add("--model", default="DiT-XL/2", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
-    add("--steps", type=int, default=3_500_000, help="training steps")
-    add("--global-batch-size", type=int, default=256, help="images per step, all processes together")
-    add("--accumulate", type=int, default=1, help="micro-batches a process splits its share into")
-    add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
-    add("--warmup", type=int, default=0, help="steps over which the learning rate rises")
-    add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
-    add("--grad-clip", type=float, default=1.0, help="gradients longer than this are shortened to it")
-    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
-    add("--ema-ramp", action=argparse.BooleanOptionalAction, default=False,
-        help="start with a short average: decay at most (1 + step) / (10 + step)")
-    add("--z-loss", type=float, help="weight of the z-loss; default: 1e-5, and none for cfm")
-    add("--label-dropout", type=float, default=0.1, help="share of labels dropped, which guidance needs")
-    add("--seed", type=int, default=0, help="seed of weights, data order and noise")
-    add("--precision", choices=PRECISIONS, default="auto", help="bf16 autocast where the hardware has it")
-    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the transformer")
-    add("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
-    add("--ckpt-every", type=int, default=5000, help="steps between checkpoints")
-    add("--keep-every", type=int, default=0, help="steps between numbered checkpoints that stay; 0: none")
-    add("--sample-every", type=int, default=5000, help="steps between pictures of samples; 0: none")
-    add("--sample-cfg", type=float, default=1.3, help="guidance of those pictures")
+    add("--steps", type=count, default=3_500_000, help="training steps")
+    add("--global-batch-size", type=count, default=256, help="images a step, all processes together")
+    add("--accumulate", type=count, default=1, help="micro-batches a process splits its share into")
+    add("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
+    add("--warmup", type=whole, default=0, help="steps over which the learning rate rises")
+    add("--weight-decay", type=real, default=0.01, help="weight decay of AdamW")
+    add("--grad-clip", type=positive, default=1.0, help="norm to which longer gradients are clipped")
+    add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights")
+    add("--ema-ramp", action=switch, default=False, help="limit the decay to (1 + step) / (10 + step)")
+    add("--z-loss", type=real, default=1e-5, help="weight of the z-loss; cfm has none")
+    add("--label-dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
+    add("--seed", type=number(int, 0, 2 ** 63), default=0, help="seed of weights, data order and noise")
+    add("--bf16", action=switch, help="bf16 autocast; None: where the hardware has it")
+    add("--compile", action=switch, default=False, help="torch.compile the transformer")
+    add("--log-every", type=count, default=100, help="steps between lines of log.jsonl")
+    add("--ckpt-every", type=count, default=5000, help="steps between checkpoints")
+    add("--keep-every", type=whole, default=0, help="steps between numbered checkpoints, kept; 0: none")
+    add("--sample-every", type=whole, default=5000, help="steps between pictures of samples; 0: none")
+    add("--sample-cfg", type=real, default=1.3, help="guidance of those pictures")
     return parser
 
 
-def read_recipe(path):
-    """Read recipe.json as the flags it stands for: a dictionary of their values. Exits as a wrong flag does, naming the file."""
-    recipe, parser = read_json(path), flags(prog=str(path))
-    known = set(vars(parser.parse_args([]))) - {"data", "name", "resume"}
-    if unknown := sorted(set(recipe) - known):
-        raise InputError(f"{path}: {', '.join(unknown)} is no setting of train.py; correct or remove it")
-    words = [f"--{'no-' * (value is False)}{key.replace('_', '-')}" + f"={value}" * (not isinstance(value, bool))
-             for key, value in recipe.items()]             # ema_ramp: true is --ema-ramp, steps: 2000 is --steps=2000
-    values = vars(parser.parse_args(words))
-    return {key: values[key] for key in recipe}
-
-
 def parse(argv=None):
-    """Read the flags. Defaults: the paper's, then recipe.json, then, resuming, the checkpoint's; the command line wins."""
-    parser = flags()
-    first, _ = parser.parse_known_args(argv)
-    run, ckpt = None, None
+    """Read the flags; first come those of the data's recipe.txt or, with --resume, of the checkpoint."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser, run, ckpt = flags(), None, None
+    first, _ = parser.parse_known_args(words)
+    recipe = Path(first.data, "recipe.txt")
     if first.resume:
-        run = Path("runs") / first.name if first.name else newest_run()
+        run = Path("runs", first.name) if first.name else newest_run()
+        if not run.is_dir():
+            raise InputError(f"--name {first.name}: there is no {run} to resume")
+    if run and (run / "ckpt.pt").exists():      # else it was stopped before its first checkpoint
         ckpt = read_run(run / "ckpt.pt")
-        parser.set_defaults(**ckpt["args"])
-    elif (recipe := Path(first.data) / "recipe.json").exists():
-        parser.set_defaults(**read_recipe(recipe))
-    args = parser.parse_args(argv)
-    for holds, wanted, names in (
-            (lambda x: x > 0, "a number above 0",
-             ("steps", "global_batch_size", "accumulate", "lr", "grad_clip", "log_every", "ckpt_every")),
-            (lambda x: x >= 0, "0 or a number above it", ("warmup", "weight_decay", "keep_every", "sample_every")),
-            (lambda x: x is None or x >= 0, "0 or a number above it", ("z_loss",)),
-            (lambda x: 0 <= x < 2 ** 63, "a number from 0 to below 2^63", ("seed",)),
-            (lambda x: 0 <= x < 1, "a number from 0 to below 1", ("ema_decay", "label_dropout"))):
-        for name in names:
-            if not holds(getattr(args, name)):
-                parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: give {wanted}")
-    if args.objective == "cfm" and args.z_loss is not None:
-        parser.error("--z-loss: cfm has no logits for it to act on; leave it out")
-    if args.objective != "cfm" and args.z_loss is None:
-        args.z_loss = 1e-5
+        parser.set_defaults(**{name: x for name, x in ckpt["args"].items() if x is not None})
+    elif recipe.exists():
+        words = [f"@{recipe}", *words]
+    try:
+        args = parser.parse_args(words)
+    except UnicodeDecodeError as error:
+        parser.error(f"{recipe}: not a text file of flags ({error})")
     return args, run, ckpt
 
 
 def main(argv=None):
-    """Read the flags, open or make the run, and train."""
     args, run, ckpt = parse(argv)
-    rank, world, device = join_processes()
+    rank, world, device = start_process()
     if args.global_batch_size % (world * args.accumulate):
-        raise InputError(f"--global-batch-size {args.global_batch_size}: not a multiple of {world} processes times "
-                         f"--accumulate {args.accumulate}; change one of them")
+        raise InputError(f"--global-batch-size {args.global_batch_size}: must be a multiple of {world} "
+                         f"processes times --accumulate {args.accumulate}")
     if ckpt and ckpt["step"] >= args.steps:
         raise InputError(f"--steps {args.steps}: {run} has done {ckpt['step']} already; give a larger number")
-    settings = {k: v for k, v in vars(args).items() if k not in ("name", "resume")}
-    settings["data"] = str(Path(args.data).resolve())
-    settings.setdefault("started", time.strftime("%Y-%m-%d %H:%M:%S"))
     data = open_data(args.data)
     vq = open_tokenizer(data, device)
-    first_process_only(lambda: check_codes(data, len(vq.codebook), args.model), rank, world)
-    run = run or first_process_only(lambda: new_run(args.name), rank, world)
-    with deferred_signals() as stop:
-        train(settings, data, vq, ckpt, run, stop, rank, world, device)
+    check_codes(data, len(vq.codebook), SIZES[args.model]["patch_size"])
+    if rank == 0 and not run:
+        run = new_run(args.name)
+    if args.bf16 is None:
+        args.bf16 = bf16_is_fast(device)
+    settings = {"started": time.strftime("%Y-%m-%d %H:%M:%S")} | vars(args) | {"data": str(data.path)}
+    del settings["name"], settings["resume"]
+    if world > 1:                               # an hour: process 0 may be saving or painting
+        backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
+    train(argparse.Namespace(**settings), data, vq, ckpt, run, rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -3,8 +3,8 @@
     python demo/make.py                        # under two hours on 2 CPU cores
 
 It writes beside itself what train.py, sample.py and fid.py read: tokenizer.pt (a VQ of vq.py: 64x64 pixels become
-8x8 codes, K = 1024, D = 4), codes.npy and labels.npy (the training cats), reference.npz (held-out cats), meta.json, and
-recipe.json, train.py's settings for them.
+8x8 codes, K = 1024, d = 4), codes.npy and labels.npy (the training cats), reference.npz (held-out cats), meta.json, and
+recipe.txt, train.py's flags for them.
 
 The tokenizer learns as VQ-VAE-2 does (Razavi et al. 2019, arXiv 1906.00446): the gradient passes straight through the
 nearest code, the codebook follows the encoder as a moving average of the vectors assigned to each code, and unused codes
@@ -32,8 +32,18 @@ sys.path.insert(0, str(HERE.parent))
 from vq import VQ, from_pixels, nearest_code, replacing  # noqa: E402
 
 CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_embed=1024, embed_dim=4, num_groups=8)
-RECIPE = dict(model="DiT-demo/2", steps=2000, global_batch_size=64, lr=2e-3, warmup=100, ema_decay=0.998, ema_ramp=True,
-              log_every=50, ckpt_every=500, sample_every=500)
+RECIPE = """\
+--model DiT-demo/2
+--steps 2000
+--global-batch-size 64
+--lr 0.002
+--warmup 100
+--ema-decay 0.998
+--ema-ramp
+--log-every 50
+--ckpt-every 500
+--sample-every 500
+"""
 TRAIN_SEED, HELD_OUT_SEED = 0, 1
 
 
@@ -117,7 +127,8 @@ def train_tokenizer(images, steps, batch_size, lr, seed, device):
         codes = nearest_code(flat, E)
         z = F.embedding(codes, E).view(len(x), *h.shape[2:], -1).movedim(-1, 1)
         with torch.autocast(device.type, torch.bfloat16):
-            y = vq.decode_latents(h + (z - h).detach())                  # straight through: dz/dh = 1
+            straight = h + (z - h).detach()                              # dz/dh = 1
+            y = vq.decoder(vq.post_quant_conv(straight))
         loss = reconstruction_loss(y.float(), x) + 0.25 * F.mse_loss(h, z)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vq.parameters(), 1.0)
@@ -169,7 +180,7 @@ def main():
     parser = argparse.ArgumentParser(description="Draw the demo's cats, train their tokenizer, encode them.")
     parser.add_argument("--out", type=Path, default=HERE, help="data directory to write")
     parser.add_argument("--num-images", type=int, default=10000, help="training cats")
-    parser.add_argument("--num-reference", type=int, default=2000, help="held-out cats")
+    parser.add_argument("--num-reference", type=int, default=2000, help="held-out cats, of which 500 are the reference")
     parser.add_argument("--steps", type=int, default=22000, help="training steps of the tokenizer")
     parser.add_argument("--batch-size", type=int, default=16, help="images a step")
     parser.add_argument("--lr", type=float, default=2e-2, help="peak learning rate of Muon")
@@ -189,18 +200,17 @@ def main():
           f"{len(codes.unique())} of {CONFIG['n_embed']} codes in use")
 
     state = {name: tensor.half().cpu() for name, tensor in vq.state_dict().items()}
-    meta = dict(tokenizer="tokenizer.pt", image_size=64, classes=list(COATS), reference="reference.npz", reference_count=500,
+    meta = dict(tokenizer="tokenizer.pt", image_size=64, classes=list(COATS), reference="reference.npz",
                 features="untrained")
     files = {"tokenizer.pt": lambda f: torch.save({"config": CONFIG, "state_dict": state}, f),
              "codes.npy": lambda f: np.save(f, codes.numpy().astype(np.uint16)),
              "labels.npy": lambda f: np.save(f, labels),
-             "reference.npz": lambda f: save_images(f, held_out.numpy()),
-             "recipe.json": lambda f: f.write(json.dumps(RECIPE, indent=1).encode()),
+             "reference.npz": lambda f: save_images(f, held_out[:500].numpy()),
+             "recipe.txt": lambda f: f.write(RECIPE.encode()),
              "meta.json": lambda f: f.write(json.dumps(meta, indent=1).encode())}
-    args.out.mkdir(parents=True, exist_ok=True)
     for name, write in files.items():
-        with replacing(args.out / name) as partial, open(partial, "wb") as f:
-            write(f)
+        with replacing(args.out / name) as file:
+            write(file)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ reference images; on the demo the features are untrained. The folder OUT receive
 import argparse
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import os
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,8 +37,8 @@ import fid  # noqa: E402
 import train  # noqa: E402
 from model import TimestepEmbedder  # noqa: E402
 from sample import initial_noise, load_run  # noqa: E402
-from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing, run_script, save_image,  # noqa: E402
-                save_json, sheet)
+from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing, save_image, sheet,  # noqa: E402
+                start_process)
 
 FULL = dict(steps=960, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3, 4e-3), images=128, euler=50,
             taus=(0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5), few=(5, 10, 20, 50, 100), powers=(0.7, 1.0, 1.5))
@@ -83,15 +83,15 @@ class Study:
 
     def __init__(self, settings, data=HERE):
         self.set, self.data = SimpleNamespace(**settings), train.open_data(data)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.autocast = train.half_precision(self.device, "auto")
+        _, _, self.device = start_process()
+        self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=train.bf16_is_fast(self.device))
         every = self.set.steps // self.set.checkpoints
         self.marks = range(every, self.set.steps + 1, every)
         self.best = {}                                     # objective: learning rate
         kept, settings = Path("settings.json"), json.loads(json.dumps(settings | {"data": str(self.data.path)}))
         if kept.exists() and read_json(kept) != settings:
             raise InputError(f"{kept.absolute()}: this folder holds a study with other settings; give another --out")
-        save_json(kept, settings)
+        kept.write_text(json.dumps(settings))
         self.file, self.scores = Path("scores.csv"), {}
         if self.file.exists():
             with open(self.file, newline="") as f:
@@ -108,20 +108,19 @@ class Study:
         last = run.checkpoint(self.marks[-1])
         if last.exists():
             return run
-        begun, every = (run.folder / "ckpt.pt").exists(), str(self.marks.step)
-        if not begun:
-            shutil.rmtree(run.folder, ignore_errors=True)  # of a run killed before its first checkpoint
+        begun, every = run.folder.exists(), str(self.marks.step)
         with embedding_of(run.time_scale):
             train.main(["--data", str(self.data.path), "--name", run.folder.name, "--objective", run.objective,
-                        "--lr", str(run.lr), "--seed", str(run.seed), "--steps", str(self.marks[-1]), "--ckpt-every", every,
-                        "--keep-every", every, "--sample-every", "0", "--log-every", "20",
-                        *(["--z-loss", str(run.z_loss)] if run.objective != "cfm" else []), *["--resume"] * begun])
+                        "--lr", str(run.lr), "--seed", str(run.seed), "--steps", str(self.marks[-1]),
+                        "--ckpt-every", every, "--keep-every", every, "--sample-every", "0", "--log-every", "20",
+                        "--z-loss", str(run.z_loss), *["--resume"] * begun])
+        start_process()                                    # train() only noted Ctrl-C; from here on it ends the study
         if not last.exists():
             sys.exit("stopped; the same command goes on")
         for step in self.marks:
             ckpt = read_checkpoint(run.checkpoint(step))
-            with replacing(run.checkpoint(step)) as partial:
-                torch.save({key: ckpt[key] for key in ("ema", "args", "step")}, partial)
+            with replacing(run.checkpoint(step)) as file:
+                torch.save({key: ckpt[key] for key in ("ema", "args", "step")}, file)
         return run
 
     def log(self, run, key):
@@ -137,11 +136,11 @@ class Study:
         for some in torch.arange(images or self.set.images).split(64):
             y = (some % flow.model.num_classes).to(self.device)
             z = initial_noise(flow, some.tolist(), 0, self.device)
-            with embedding_of(run.time_scale), self.autocast():
+            with embedding_of(run.time_scale), self.autocast:
                 if power == 1:
                     codes = flow.sample(y, euler, noise=z, **({} if tau is None else {"tau": tau}))
                 else:
-                    codes = flow.nearest(flow.follow(y, (np.arange(euler + 1) / euler) ** power, z, tau=tau))
+                    codes = follow(flow, z, y, (np.arange(euler + 1) / euler) ** power, tau)
             pictures.append(decode_pixels(vq, codes))
         return torch.cat(pictures).numpy()
 
@@ -150,16 +149,29 @@ class Study:
         step, euler, tau = step or self.marks[-1], euler or self.set.euler, tau or TAU[run.objective]
         key = (run.folder.name, *map(str, (step, tau, euler, power)))
         if key not in self.scores:
-            pixels = self.samples(run, step, tau, euler, power)
-            np.savez("samples.npz", arr_0=pixels)
-            save_json(Path("samples.json"), {"data": str(self.data.path), "num_samples": len(pixels)})
-            self.scores[key] = fid.compare(SimpleNamespace(
-                samples=Path("samples.npz"), ref=None, features=None, weights=None, save_stats=None, json=None,
-                device=self.device, batch_size=32, num_workers=0))["value"]
+            np.savez("samples.npz", arr_0=self.samples(run, step, tau, euler, power))
+            mu, sigma, _ = self.measure("samples.npz")
+            self.scores[key] = fid.frechet_distance(mu, sigma, *self.reference()[:2])
             with open(self.file, "a", newline="") as f:
                 csv.writer(f).writerow([*key, self.scores[key]])
             print(*key, f"{self.scores[key]:.4f}", flush=True)
         return self.scores[key]
+
+    @functools.cached_property
+    def net(self):
+        """The network whose features the data directory asks for."""
+        untrained = self.data.meta.get("features") == "untrained"
+        return (fid.untrained_inception() if untrained else fid.load_inception()).to(self.device)
+
+    def measure(self, path):
+        """Return mu, sigma and number of a set of images, as fid.py measures them."""
+        args = SimpleNamespace(device=self.device, batch_size=32, num_workers=2)
+        return fid.measure(Path(path), self.data.meta.get("features", "inception"), lambda: self.net, args)
+
+    @functools.cache
+    def reference(self):
+        """Measure the data's reference images."""
+        return self.measure(self.data.path / self.data.meta["reference"])
 
     def curve(self, axes, label, runs):
         """Score all checkpoints of runs that differ in their seed, and draw them: distances [seeds,checkpoints]."""
@@ -168,6 +180,14 @@ class Study:
         axes.fill_between(self.marks, scores.min(0), scores.max(0), alpha=0.2, color=line.get_color())
         axes.set(xlabel="training steps", ylabel="Fréchet distance", yscale="log")
         return scores
+
+
+def follow(flow, z, y, times, tau):
+    """Sample codes as flow.sample() does, through any times from 0 to 1."""
+    for t, after in itertools.pairwise(times):
+        v = flow.velocity(z, torch.full((len(y),), t, device=z.device), y, tau)
+        z = z + (after - t) * v
+    return flow.nearest(z)
 
 
 def crossing(steps, distances, goal):
@@ -269,7 +289,7 @@ def main():
     """Read the flags, answer the questions one by one, write the figures."""
     parser = argparse.ArgumentParser(description="Purrception against its baselines on the demo's cats.")
     parser.add_argument("--quick", action="store_true", help="one seed, short runs: six minutes on 2 CPU cores")
-    parser.add_argument("--data", type=Path, default=HERE, help="data directory; its recipe.json sets network and batch")
+    parser.add_argument("--data", type=Path, default=HERE, help="data directory; its recipe.txt sets network and batch")
     parser.add_argument("--out", type=Path, help="folder to write; default: study, or study-quick")
     args = parser.parse_args()
     try:
@@ -280,16 +300,13 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)                                          # train.py writes runs/ where it is started
     study = Study(QUICK if args.quick else FULL, data)
-    recipe, chosen = read_json(data / "recipe.json"), study.set
-    lines = [f"{recipe['model']}, batch {recipe['global_batch_size']}, {study.marks[-1]} steps, seeds {chosen.seeds}; "
+    (recipe, _, _), chosen = train.parse(["--data", str(data)]), study.set
+    lines = [f"{recipe.model}, batch {recipe.global_batch_size}, {study.marks[-1]} steps, seeds {chosen.seeds}; "
              f"{chosen.images} samples of {chosen.euler} Euler steps, without guidance, at tau {TAU}; {study.device.type}, "
              f"torch {torch.__version__}."]
     for name, answer in QUESTIONS.items():
         figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-        try:
-            lines += answer(study, axes)
-        except fid.InputError as error:
-            raise InputError(str(error)) from None
+        lines += answer(study, axes)
         axes.legend()
         figure.savefig(f"{name}.png", dpi=120)
     Path("summary.md").write_text("".join(f"- {line}\n" for line in lines))
@@ -297,4 +314,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_script(main)
+    main()

@@ -171,9 +171,14 @@ def inception(ours, fidelity=None):
         package.__path__ = [str(Path(fidelity) / "torch_fidelity")]
         sys.modules["torch_fidelity"] = package
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        class Extractor(FeatureExtractorInceptionV3):
+            def load_state_dict(self, ours):               # their keys are the published ones
+                super().load_state_dict({key: ours[fid.our_name(key)] for key in self.state_dict()})
+
         with tempfile.NamedTemporaryFile(suffix=".pth") as weights:
             torch.save(fid.InceptionV3().state_dict(), weights.name)
-            extractor = FeatureExtractorInceptionV3("bench", ["2048"], feature_extractor_weights_path=weights.name)
+            extractor = Extractor("bench", ["2048"], feature_extractor_weights_path=weights.name)
         net = lambda x: extractor(x)[0]  # noqa: E731
     else:
         net = fid.InceptionV3().eval()                     # batch norms of their own, channels first

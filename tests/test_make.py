@@ -1,5 +1,4 @@
 """The making of the demo: its optimizer, its codebook, and a small data directory from end to end."""
-import json
 import sys
 from pathlib import Path
 
@@ -24,7 +23,8 @@ def test_muon_moves_a_kernel_equally_along_all_its_singular_vectors(vq):
     before = {name: p.detach().clone() for name, p in vq.named_parameters()}
     vq.quantize.embedding.weight.requires_grad_(False)
     opt = make.MuonAndAdamW(vq, lr=0.5, steps=10**6)
-    vq.decode_latents(vq.quant_conv(vq.encoder(torch.randn(4, 3, 64, 64)))).square().mean().backward()
+    z = vq.quant_conv(vq.encoder(torch.randn(4, 3, 64, 64)))
+    vq.decoder(vq.post_quant_conv(z)).square().mean().backward()
     opt.step()
     moved = {name: p.detach() - before[name] for name, p in vq.named_parameters()}
     sizes = torch.linalg.svdvals(moved["decoder.mid.block_1.conv1.weight"].flatten(1)) / (0.5 / 100)    # first of 100 warm-up steps
@@ -70,4 +70,4 @@ def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
     assert torch.equal(make.encode(vq, torch.from_numpy(images), torch.device("cpu")), torch.from_numpy(data.codes.astype(np.int64)))
     assert vq.decode(vq.encode(from_pixels(images))).isfinite().all()
     assert (np.load(tmp_path / "reference.npz")["arr_0"] == make.cats(5, make.HELD_OUT_SEED)[0]).all()
-    assert json.loads((tmp_path / "recipe.json").read_text()) == make.RECIPE
+    assert (tmp_path / "recipe.txt").read_text() == make.RECIPE

@@ -1,4 +1,7 @@
-"""Check model.py: published sizes, names and layouts; the plain formulas of the network; what zero-initialisation promises."""
+"""Check model.py: published sizes, names and layouts, the network's plain formulas, its zero-initialisation.
+
+Shapes: B batch, d code dimension, h w grid, p patch side, N tokens, D width, K codes.
+"""
 import math
 
 import pytest
@@ -8,7 +11,8 @@ from torch import nn
 
 from model import SIZES, DiT
 
-TINY = dict(input_size=8, patch_size=2, in_channels=3, out_channels=5, hidden_size=16, depth=2, num_heads=2, num_classes=4)
+TINY = dict(input_size=8, patch_size=2, in_channels=3, out_channels=5, hidden_size=16, depth=2, num_heads=2,
+            num_classes=4)
 
 
 def tiny(random=True, **changes):
@@ -23,23 +27,29 @@ def tiny(random=True, **changes):
 
 
 def point(net, B=3):
-    """Draw a batch of inputs x, t, y; the last label is "no class"."""
+    """Draw a batch of inputs x, t, y; the first label is "no class"."""
     g = torch.Generator().manual_seed(1)
     x = torch.randn(B, net.in_channels, net.input_size, net.input_size, generator=g)
-    return x, torch.rand(B, generator=g), torch.arange(net.num_classes, net.num_classes - B, -1)
+    t = torch.rand(B, generator=g)
+    y = net.num_classes - torch.arange(B)
+    return x, t, y
 
 
-# ---------------------------------------------------------------------------------------------- sizes
+# ------------------------------------------------------------------------ sizes
 
 def count(D, depth, p, K, d=4, side=32, classes=1000, **_):
-    """Count parameters in closed form: embeddings, blocks, final layer, and the frozen positions."""
+    """Count parameters in closed form: those that are trained, and the frozen positions."""
     embeddings = (p * p * d + 1) * D + (256 + 1) * D + (D + 1) * D + (classes + 1) * D
-    block = (3 * D + D + 6 * D) * (D + 1) + (4 * D) * (D + 1) + D * (4 * D + 1)  # qkv, proj, adaLN; fc1; fc2
-    return embeddings + depth * block + 2 * D * (D + 1) + p * p * K * (D + 1), (side // p) ** 2 * D
+    attention = (3 * D + D) * (D + 1)                      # qkv, proj
+    mlp = 4 * D * (D + 1) + D * (4 * D + 1)                # fc1, fc2
+    block = attention + mlp + 6 * D * (D + 1)              # adaLN
+    final = 2 * D * (D + 1) + p * p * K * (D + 1)          # adaLN, head
+    return embeddings + depth * block + final, (side // p) ** 2 * D
 
 
 def counted(net):
-    return tuple(sum(p.numel() for p in net.parameters() if p.requires_grad == trained) for trained in (True, False))
+    trained = sum(x.numel() for x in net.parameters() if x.requires_grad)
+    return trained, sum(x.numel() for x in net.parameters()) - trained
 
 
 def test_xl_2_with_16384_codes_has_750_million_parameters():
@@ -49,14 +59,14 @@ def test_xl_2_with_16384_codes_has_750_million_parameters():
 
 
 def test_xl_2_with_8_outputs_has_the_published_count():
-    with torch.device("meta"):                             # facebookresearch/DiT prints 675,129,632, positions included
+    with torch.device("meta"):                             # what facebookresearch/DiT prints, with positions
         assert sum(counted(DiT(out_channels=8, **SIZES["DiT-XL/2"]))) == 675_129_632
 
 
-@pytest.mark.parametrize("size, millions", [("DiT-S/2", 33), ("DiT-B/2", 130), ("DiT-L/2", 458), ("DiT-XL/2", 675)])
+@pytest.mark.parametrize("size, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
 def test_published_sizes_have_their_published_millions(size, millions):
     with torch.device("meta"):
-        assert round(counted(DiT(out_channels=8, **SIZES[size]))[0] / 1e6) == millions
+        assert round(counted(DiT(out_channels=8, **SIZES[f"DiT-{size}/2"]))[0] / 1e6) == millions
 
 
 def test_every_size_builds_on_meta_and_has_its_closed_form_count():
@@ -64,19 +74,20 @@ def test_every_size_builds_on_meta_and_has_its_closed_form_count():
     with torch.device("meta"):
         for name, size in SIZES.items():
             assert name.endswith(f"/{size['patch_size']}")
-            assert counted(DiT(out_channels=512, **size)) == count(size["hidden_size"], size["depth"], size["patch_size"], 512)
+            expected = count(size["hidden_size"], size["depth"], size["patch_size"], 512)
+            assert counted(DiT(out_channels=512, **size)) == expected
 
 
-# ---------------------------------------------------------------------------------------------- names and layouts
+# ------------------------------------------------------------------------ names and layouts
 
 def test_state_dict_has_the_names_and_shapes_of_facebookresearch_dit():
     D, K, p, d, classes = 16, 5, 2, 3, 4
     linear = {"t_embedder.mlp.0": (D, 256), "t_embedder.mlp.2": (D, D), "x_embedder.proj": (D, d, p, p),
               "final_layer.linear": (p * p * K, D), "final_layer.adaLN_modulation.1": (2 * D, D)}
+    block = {"attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D),
+             "adaLN_modulation.1": (6 * D, D)}
     for i in range(TINY["depth"]):
-        linear |= {f"blocks.{i}.{name}": shape for name, shape in {
-            "attn.qkv": (3 * D, D), "attn.proj": (D, D), "mlp.fc1": (4 * D, D), "mlp.fc2": (D, 4 * D),
-            "adaLN_modulation.1": (6 * D, D)}.items()}
+        linear |= {f"blocks.{i}.{name}": shape for name, shape in block.items()}
     expected = {"pos_embed": (1, 16, D), "y_embedder.embedding_table.weight": (classes + 1, D)}
     for name, shape in linear.items():
         expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
@@ -98,16 +109,19 @@ def test_positions_are_sines_and_cosines_of_the_column_then_of_the_row(p):
     side, quarter = 8 // p, 16 // 4
     for row in range(side):
         for column in range(side):
-            expected = [f(place / 10000 ** (i / quarter)) for place in (column, row) for f in (math.sin, math.cos)
-                        for i in range(quarter)]
+            expected = []
+            for place in (column, row):
+                angles = [place / 10000 ** (i / quarter) for i in range(quarter)]
+                expected += [*map(math.sin, angles), *map(math.cos, angles)]
             assert net.pos_embed[0, row * side + column].tolist() == pytest.approx(expected, abs=1e-6)
     assert not net.pos_embed.requires_grad
 
 
 @pytest.mark.parametrize("p, K", [(1, 4), (2, 3), (4, 2)])
 def test_forward_lays_tokens_out_as_dit_unpatchifies_them_class_axis_last(p, K):
-    net, side = tiny(patch_size=p, out_channels=K, hidden_size=p * p * K, num_heads=1), 8 // p
-    with torch.no_grad():                                  # the head copies, so the answer is hidden, rearranged
+    side = 8 // p
+    net = tiny(patch_size=p, out_channels=K, hidden_size=p * p * K, num_heads=1)
+    with torch.no_grad():                                  # the head copies: logits are hidden, rearranged
         net.final_layer.linear.weight.copy_(torch.eye(p * p * K))
         net.final_layer.linear.bias.zero_()
     h = torch.arange(2 * side * side * p * p * K).float().view(2, side * side, p * p * K)
@@ -117,11 +131,13 @@ def test_forward_lays_tokens_out_as_dit_unpatchifies_them_class_axis_last(p, K):
     # DiT: [n,(h w),(p q c)] -> [n,c,(h p),(w q)]; here c is last
     assert out.equal(torch.einsum("nhwpqc->nhpwqc", h.view(2, side, side, p, p, K)).reshape(2, 8, 8, K))
     row, column, k = 5, 6, K - 1
-    assert out[1, row, column, k] == h[1, row // p * side + column // p, (row % p * p + column % p) * K + k]
+    token = row // p * side + column // p
+    place = row % p * p + column % p
+    assert out[1, row, column, k] == h[1, token, place * K + k]
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])
-def test_without_blocks_a_patch_answers_for_itself_alone(p):
+def test_without_blocks_logits_depend_on_their_own_patch_alone(p):
     net = tiny(patch_size=p, depth=0)
     x, t, y = point(net, B=1)
     before = net(x, t, y)
@@ -132,7 +148,7 @@ def test_without_blocks_a_patch_answers_for_itself_alone(p):
     assert changed.equal(expected)
 
 
-# ---------------------------------------------------------------------------------------------- formulas
+# ------------------------------------------------------------------------ formulas
 
 def plain(w, x, t, y, p, heads):
     """Compute DiT's logits [B,h,w,K] from a state dict by the plain formulas of the paper, nothing fused."""
@@ -143,19 +159,23 @@ def plain(w, x, t, y, p, heads):
         return (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
 
     B, d, H, _ = x.shape
-    side, D = H // p, w["pos_embed"].shape[2]
+    side = H // p
+    D = w["pos_embed"].shape[2]
     patches = x.view(B, d, side, p, side, p).permute(0, 2, 4, 1, 3, 5).reshape(B, side * side, -1)
     x = patches @ w["x_embedder.proj.weight"].flatten(1).T + w["x_embedder.proj.bias"] + w["pos_embed"]
     angles = t[:, None] * torch.tensor([10000 ** (-i / 128) for i in range(128)], dtype=t.dtype)
-    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], 1))))
+    waves = torch.cat([angles.cos(), angles.sin()], 1)
+    c = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", waves)))
     c = F.silu(c + w["y_embedder.embedding_table.weight"][y])[:, None]
     for i in range(sum(name.endswith("attn.qkv.bias") for name in w)):
         name = f"blocks.{i}."
         shift1, scale1, gate1, shift2, scale2, gate2 = linear(name + "adaLN_modulation.1", c).split(D, 2)
         q, k, v = linear(name + "attn.qkv", norm(x) * (1 + scale1) + shift1).split(D, 2)
         out = []
-        for q, k, v in zip(*(a.split(D // heads, 2) for a in (q, k, v))):
-            out.append((q @ k.mT / math.sqrt(D // heads)).softmax(2) @ v)
+        for start in range(0, D, D // heads):
+            head = slice(start, start + D // heads)
+            scores = q[..., head] @ k[..., head].mT / math.sqrt(D // heads)
+            out.append(scores.softmax(2) @ v[..., head])
         x = x + gate1 * linear(name + "attn.proj", torch.cat(out, 2))
         a = linear(name + "mlp.fc1", norm(x) * (1 + scale2) + shift2)
         a = a / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a ** 3)))
@@ -170,7 +190,8 @@ def test_forward_equals_the_plain_formulas(p):
     net = tiny(patch_size=p)
     x, t, y = point(net)
     w = {name: v.double() for name, v in net.state_dict().items()}
-    torch.testing.assert_close(net(x, t, y), plain(w, x.double(), t.double(), y, p, heads=2).float(), atol=1e-4, rtol=1e-4)
+    expected = plain(w, x.double(), t.double(), y, p, heads=2).float()
+    torch.testing.assert_close(net(x, t, y), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_forward_is_the_head_of_hidden():
@@ -186,7 +207,8 @@ def test_forward_is_the_head_of_hidden():
 def test_the_network_runs_in_other_precisions(dtype, off):
     net = tiny()
     x, t, y = point(net)
-    h, full = tiny().to(dtype).hidden(x.to(dtype), t, y), net.hidden(x, t, y)
+    full = net.hidden(x, t, y)
+    h = tiny().to(dtype).hidden(x.to(dtype), t, y)
     assert h.dtype == dtype and (h.float() - full).norm() / full.norm() < off
 
 
@@ -194,7 +216,8 @@ def test_time_embedding_stays_float32_under_autocast():
     net, t = tiny(), torch.tensor([0.5, 0.5001])           # one and the same number in bf16
     with torch.autocast("cpu", torch.bfloat16):
         half = net.t_embedder(t)
-    assert half.dtype == torch.float32 and half.equal(net.t_embedder(t)) and not half[0].equal(half[1])
+    assert half.dtype == torch.float32 and half.equal(net.t_embedder(t))
+    assert not half[0].equal(half[1])
 
 
 def test_a_bf16_forward_is_close_to_float32_and_keeps_a_float32_stream():
@@ -209,12 +232,13 @@ def test_a_bf16_forward_is_close_to_float32_and_keeps_a_float32_stream():
 def test_every_weight_but_the_positions_is_trained():
     net = tiny()
     net(*point(net)).square().sum().backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == ["pos_embed"]
+    without = [name for name, x in net.named_parameters() if x.grad is None or not x.grad.any()]
+    assert without == ["pos_embed"]
 
 
-# ---------------------------------------------------------------------------------------------- initialisation
+# ------------------------------------------------------------------------ initialisation
 
-def test_first_answer_is_exactly_zero():
+def test_first_logits_are_exactly_zero():
     net = tiny(random=False)
     assert not net(*point(net)).any() and net.hidden(*point(net)).std() > 0.1
 
@@ -229,12 +253,16 @@ def test_first_blocks_are_the_identity_whatever_the_time_and_class():
 
 def test_initial_spreads_are_dit_s():
     net = tiny(random=False, hidden_size=64, num_classes=99)
-    for weight in (net.y_embedder.embedding_table.weight, net.t_embedder.mlp[0].weight, net.t_embedder.mlp[2].weight):
-        assert weight.std().item() == pytest.approx(0.02, rel=0.1)
-    for weight in (net.blocks[0].attn.qkv.weight, net.blocks[0].mlp.fc1.weight, net.x_embedder.proj.weight.flatten(1)):
-        bound = math.sqrt(6 / sum(weight.shape))           # Xavier's uniform
-        assert 0.95 * bound < weight.abs().max() <= bound and weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
-    assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
+    normal = net.y_embedder.embedding_table, net.t_embedder.mlp[0], net.t_embedder.mlp[2]
+    for layer in normal:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    uniform = net.blocks[0].attn.qkv, net.blocks[0].mlp.fc1, net.x_embedder.proj
+    for layer in uniform:
+        weight = layer.weight.flatten(1)
+        bound = math.sqrt(6 / sum(weight.shape))           # Xavier's
+        assert 0.95 * bound < weight.abs().max() <= bound
+        assert weight.std().item() == pytest.approx(bound / 3 ** 0.5, rel=0.1)
+    assert not any(x.any() for name, x in net.named_parameters() if name.endswith("bias"))
 
 
 def test_network_and_hidden_are_deterministic():
@@ -242,4 +270,5 @@ def test_network_and_hidden_are_deterministic():
     assert all(p.equal(q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
     net = tiny().train()
     inputs = point(net)
-    assert net.hidden(*inputs).equal(net.hidden(*inputs)) and net.hidden(*inputs).equal(net.eval().hidden(*inputs))
+    h = net.hidden(*inputs)
+    assert h.equal(net.hidden(*inputs)) and h.equal(net.eval().hidden(*inputs))

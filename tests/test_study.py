@@ -1,5 +1,4 @@
 """The study: its arithmetic, and one of a few steps from end to end, with axes that draw nothing."""
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ TINY = dict(steps=4, checkpoints=2, seeds=(0,), rates=(1e-3, 1e-2), images=4, eu
 @pytest.fixture
 def small(tiny_data, tiny_size, tmp_path, monkeypatch):
     """Start a study of four steps, in a folder of its own."""
-    (tiny_data / "recipe.json").write_text(json.dumps(dict(model=tiny_size, global_batch_size=4)))
+    (tiny_data / "recipe.txt").write_text(f"--model {tiny_size}\n--global-batch-size 4\n")
     monkeypatch.chdir(tmp_path)
     return lambda **other: study.Study(TINY | other, tiny_data)
 
@@ -40,6 +39,16 @@ def test_another_embedding_of_time_changes_answers_only_meanwhile():
     assert torch.equal(net.t_embedder(t), plain)
 
 
+def test_the_path_may_be_followed_through_any_times(small):
+    f, *_ = study.load_run(small().trained(study.Run("purrception", 1e-3, 0)).checkpoint(4), torch.device("cpu"))
+    y, z0 = torch.tensor([0, 1, 2]), torch.randn(3, 4, 4, 4)
+    assert study.follow(f, z0, y, torch.arange(6) / 5, 0.9).equal(f.sample(y, 5, tau=0.9, noise=z0))
+    z = z0
+    for t, dt in ((0.0, 0.1), (0.1, 0.4), (0.5, 0.5)):
+        z = z + dt * (f.mean(z, torch.full((3,), t), y, 0.9) - z) / (1 - t)
+    assert study.follow(f, z0, y, [0.0, 0.1, 0.5, 1.0], 0.9).equal(f.nearest(z))
+
+
 def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkeypatch):
     def answers():
         it = small()
@@ -53,7 +62,7 @@ def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkey
     assert Path("temperatures.png").exists()
     assert "opt" not in torch.load(next(Path("runs").glob("*/ckpt-0000004.pt")))
 
-    monkeypatch.setattr(study.fid, "compare", None)                      # a second time, all is in the table
+    monkeypatch.setattr(study.fid, "measure", None)                      # a second time, all is in the table
     monkeypatch.setattr(study.train, "main", None)
     assert answers() == lines
 
