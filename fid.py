@@ -1,7 +1,7 @@
-"""Turn images into a number: the Fréchet Inception distance between two sets of images.
+"""Compute the Fréchet Inception distance (FID) between two sets of images.
 
-An image becomes 2048 features, the last pooling of an Inception network; a set becomes the mean and the
-covariance of its features; the distance is that of two Gaussians:
+An image gives 2048 features, the last pooling of an Inception network. A set gives their mean mu and
+covariance S. The distance is that of the two Gaussians:
 
     FID = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
 
@@ -11,9 +11,9 @@ covariance of its features; the distance is that of two Gaussians:
     python fid.py imagenet/val --ref imagenet/val --save-stats val.npz           statistics, for --ref
 
 A set is a folder of images, searched recursively, or an .npz of uint8 images (arr_0, [N,H,W,3]) or of
-statistics (mu, sigma), which count where there are both. The number is torch-fidelity's on the same images
-and weights. "Untrained" features are those of the same network with seeded random weights: they put drawn
-cats in order, but their distance is not FID.
+statistics (mu, sigma), which take precedence if they fit --features. The number is torch-fidelity's on the
+same images and weights. "Untrained" features are those of the same network with seeded random weights: they
+rank the demo's results, but their distance is not FID.
 
 References: FID (arXiv 1706.08500); Inception v3 (arXiv 1512.00567), as frozen by TensorFlow in 2015 and
 ported by mseitzer/pytorch-fid and toshas/torch-fidelity; resizing (arXiv 2104.11222).
@@ -46,14 +46,12 @@ LABELS = {"inception": "FID on Inception features",
 
 
 class InputError(SystemExit):
-    """A file or a flag is wrong. Uncaught, it ends the script with its sentence and exit code 1."""
+    """Report a wrong file or flag. Uncaught, it ends the script with its message and exit code 1."""
 
 
 # ------------------------------ the network
 
 class Conv(nn.Module):
-    """Convolution, batch norm, ReLU."""
-
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
@@ -64,14 +62,14 @@ class Conv(nn.Module):
 
 
 class Branches(nn.ModuleDict):
-    """Run branches side by side and stack what they return on the channel axis."""
+    """Concatenate the outputs of all branches on the channel axis."""
 
     def forward(self, x):
         return torch.cat([branch(x) for branch in self.values()], 1)
 
 
 Chain = nn.Sequential
-MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)       # TensorFlow leaves the padding out
+MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)       # as TensorFlow: without the padding
 MAX = nn.MaxPool2d(3, 1, 1)
 HALVE = nn.MaxPool2d(3, 2)
 DOWN = dict(stride=2, padding="valid")
@@ -123,8 +121,8 @@ def block_e(c, pool):                           # Mixed_7b with MEAN, Mixed_7c w
 class InceptionV3(nn.Module):
     """Compute FID's features: uint8 images [B,3,H,W] of any size to float32 [B,2048].
 
-    This is not torchvision's network: average pools leave the padding out, the last block pools by maximum,
-    and fc, which the features do not use, has 1008 classes.
+    This is not torchvision's network: average pools exclude the padding, the last block has a max pool, and
+    fc, which the features do not use, has 1008 classes.
     """
 
     def __init__(self):
@@ -153,7 +151,7 @@ class InceptionV3(nn.Module):
             raise TypeError(f"InceptionV3 takes uint8 pixels from 0 to 255, not {x.dtype}")
         x = (resize(x.float()) - 128) / 128     # [B,3,299,299]
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): # TF32's 10 bits show
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes features
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [B,64,147,147]
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))  # [B,192,71,71]
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))  # [B,288,35,35]
@@ -163,7 +161,7 @@ class InceptionV3(nn.Module):
         return x.mean((2, 3))                   # [B,2048]
 
     def freeze(self):
-        """Fold batch norms and go channels-last, for good: 2.2x faster on a CPU core."""
+        """Fold batch norms into convolutions, use channels-last: 2.2x faster on a CPU core."""
         self.eval().requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Conv):
@@ -173,9 +171,9 @@ class InceptionV3(nn.Module):
 
 
 def resize(x, size=299):
-    """Interpolate [B,C,H,W] linearly as TensorFlow 1: output row i is at input row i * H / size.
+    """Interpolate [B,C,H,W] linearly as TensorFlow 1 does: output row i is at input row i * H / size.
 
-    There is no shift by half a pixel and no antialiasing.
+    There is no half-pixel shift and no antialiasing.
     """
     for dim in (3, 2):
         n = x.shape[dim]
@@ -190,7 +188,7 @@ def resize(x, size=299):
 # ------------------------------ its weights
 
 def our_name(key):
-    """Translate a published key: steps of a branch count from 1, forks are a and b, pools do not count."""
+    """Rename a published key. There, branch steps count from 1, forks are a and b, pools do not count."""
     key = key.replace(".branch_pool.", ".branch_pool.1.")
     step = re.search(r"(\.branch\w+)_(\d)([ab]?)\.", key)
     if not step:
@@ -200,9 +198,9 @@ def our_name(key):
 
 
 def load_inception(path=None):
-    """Load the published weights, from path, torch's hub cache or the network, into a frozen InceptionV3.
+    """Load a frozen InceptionV3 with the published weights of path, torch's hub cache or a download.
 
-    Raises InputError for any file that is not exactly this network's.
+    Raises InputError if the file does not fit exactly.
     """
     twin = Path(torch.hub.get_dir(), "checkpoints", "pt_inception-2015-12-05-6726825d.pth")
     path = path or (twin if twin.exists() else None)        # pytorch-fid's name
@@ -214,14 +212,14 @@ def load_inception(path=None):
         else:
             state = torch.hub.load_state_dict_from_url(URL, check_hash=True, **safely)
         net.load_state_dict({our_name(key): value.float() for key, value in state.items()})
-    except Exception as error:                  # no network, damage, another network's keys
+    except Exception as error:                  # offline, damaged, or another network's
         why = " ".join(f"{type(error).__name__}: {error}".split("WeightsUnpickler")[0].split())[:200]
-        raise InputError(f"{path or URL}: not FID's Inception ({why}); get {URL}; see --weights") from None
+        raise InputError(f"{path or URL}: cannot be loaded ({why}); get {URL} and use --weights") from None
     return net.freeze()
 
 
 def untrained_inception(seed=0):
-    """Build a frozen InceptionV3 of Kaiming-normal convolutions, a function of the seed."""
+    """Build a frozen InceptionV3 with Kaiming-normal weights drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
     net = InceptionV3()
     for module in net.modules():
@@ -241,16 +239,16 @@ def statistics(features):
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """Compute the distance of two Gaussians, in float64.
+    """Compute FID from means [D] and covariances [D,D], in float64.
 
-    For any R with R R^T = S1, the eigenvalues of S1 S2 are those of R^T S2 R, and zeros: real, because that
-    matrix is symmetric, and negative by rounding only. R is the pivoted Cholesky factor, which stops at the
-    rank and costs a tenth of an eigendecomposition. Raises ValueError if shapes do not fit.
+    For any R with R R^T = S1, the eigenvalues of S1 S2 are those of R^T S2 R, and zeros. They are real, as
+    that matrix is symmetric, and negative only by rounding. R is the pivoted Cholesky factor, which stops at
+    the rank and costs a tenth of an eigendecomposition. Raises ValueError for unusable input.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, dtype=np.float64) for a in (mu1, sigma1, mu2, sigma2))
     if not (mu1.ndim == 1 and mu1.shape == mu2.shape and sigma1.shape == sigma2.shape == mu1.shape * 2):
         shapes = [a.shape for a in (mu1, sigma1, mu2, sigma2)]
-        raise ValueError(f"want mu [D], sigma [D,D], twice, got {shapes}")
+        raise ValueError(f"expected mu [D], sigma [D,D] twice, got {shapes}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("the statistics are not finite")
     factor, pivots, rank, _ = linalg.lapack.dpstrf(sigma1, lower=1)
@@ -264,16 +262,15 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # ------------------------------ sets of images
 
 def read_image(path):
-    """Read an image as uint8 [H,W,3]."""
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
-    except Exception as error:                  # Pillow raises a dozen kinds
+    except Exception as error:                  # Pillow raises many kinds
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
 def read_folder(files, args):
-    """Yield batches [B,H,W,3] of image files of one size, while threads read the next batch."""
+    """Yield batches [B,H,W,3] of images of one size, while threads read ahead."""
     batches = [files[i:i + args.batch_size] for i in range(0, len(files), args.batch_size)]
     shape = None
     with ThreadPoolExecutor(args.num_workers) as pool:
@@ -283,16 +280,13 @@ def read_folder(files, args):
             for path, image in zip(batch, images):
                 shape = shape or image.shape
                 if image.shape != shape:
-                    raise InputError(f"{path}: is {image.shape}, {files[0]} {shape}; make them one size")
+                    raise InputError(f"{path}: is {image.shape}, {files[0]} is {shape}; use one size")
             yield np.stack(images)
             ahead += [pool.map(read_image, batch) for batch in batches[i + 2:i + 3]]
 
 
 def measure(path, features, net, args):
-    """Return mu, sigma and N (None if unknown) of a folder of images, or an .npz of images or statistics.
-
-    net: a function that returns the network, called for images alone.
-    """
+    """Return mu, sigma and N (None if unknown) of a folder or an .npz. net() is for images only."""
     if path.is_dir():
         images = sorted(Path(folder, name) for folder, _, names in os.walk(path, followlinks=True)
                         for name in names if name.lower().endswith(SUFFIXES))
@@ -300,18 +294,18 @@ def measure(path, features, net, args):
     else:
         try:
             with np.load(path) as file:         # lazily: ADM's images stay on the disk
-                kind = str(file.get("features", "inception"))  # files from elsewhere do not say
+                kind = str(file.get("features", "inception"))  # foreign files do not say
                 if "mu" in file and kind == features:
                     return file["mu"], file["sigma"], int(file.get("count", 0)) or None
                 images = file["arr_0"]
         except Exception as error:
-            raise InputError(f"{path}: no folder, and no .npz of images (arr_0) or of statistics (mu, sigma) "
+            raise InputError(f"{path}: not a folder or .npz of images (arr_0) or statistics (mu, sigma) "
                              f"of {features} features ({type(error).__name__}: {error})") from None
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise InputError(f"{path}: arr_0 is {images.dtype} {images.shape}; it must be uint8 [N,H,W,3]")
         batches = (images[i:i + args.batch_size] for i in range(0, len(images), args.batch_size))
     if len(images) < 2:
-        raise InputError(f"{path}: holds {len(images)} images; a covariance takes two")
+        raise InputError(f"{path}: holds {len(images)} images; a covariance needs two")
     found, network = [], net()
     with tqdm(total=len(images), desc=str(path), unit=" images", disable=None) as bar:
         for pixels in batches:
@@ -333,7 +327,7 @@ def save_statistics(path, **arrays):
 
 
 def recorded(samples):
-    """Return sample.py's record of the samples, a dictionary beside them; {} if there is none."""
+    """Return what sample.py recorded beside the samples, a dictionary; {} if nothing."""
     path = samples.absolute()
     path = path.with_name((path.stem if path.suffix == ".npz" else path.name) + ".json")
     try:
@@ -345,14 +339,14 @@ def recorded(samples):
 
 
 def compare(args):
-    """Measure both sets and return the distance, the kind of features, the reference, and the counts."""
+    """Measure both sets. Returns distance, kind of features, reference and both counts."""
     record = recorded(args.samples)
     features = args.features or record.get("features", "inception")
     reference = args.ref or record.get("reference")
     if not reference:
-        raise InputError(f"{args.samples}: no record names a reference for it; name one with --ref")
+        raise InputError(f"{args.samples}: has no recorded reference; give one with --ref")
     if features == "untrained" and args.weights:
-        raise InputError("--weights: does not go with untrained features; add --features inception")
+        raise InputError("--weights: cannot be used with untrained features; add --features inception")
     wanted = record.get("num_samples", 0)
     if args.samples.is_dir() and len(list(args.samples.glob("*.png"))) < wanted:
         raise InputError(f"{args.samples}: has fewer than {wanted} images; repeat the sample.py command")
@@ -361,7 +355,7 @@ def compare(args):
             raise InputError(f"{path}: no such file or folder")
 
     @functools.cache
-    def net():                                      # not needed for statistics alone
+    def net():                                  # not needed for statistics alone
         network = untrained_inception() if features == "untrained" else load_inception(args.weights)
         return network.to(args.device)
 
@@ -372,7 +366,7 @@ def compare(args):
     try:
         value = frechet_distance(mu1, sigma1, mu2, sigma2)
     except ValueError as error:
-        raise InputError(f"{args.samples}, {reference}: no distance ({error}); measure both again") from None
+        raise InputError(f"{args.samples}, {reference}: unusable ({error}); measure both again") from None
     for path, n in ((args.samples, n1), (reference, n2)):
         if n and n < len(mu1):
             print(f"Warning: {n} images ({path}) are fewer than {len(mu1)} features; the covariance is "
@@ -384,11 +378,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Fréchet distance between two sets of images.")
     add = parser.add_argument
     add("samples", type=Path, help="folder of images, or .npz of images or of statistics")
-    add("--ref", type=Path, help="the same, to compare with; default: what sample.py recorded")
+    add("--ref", type=Path, help="the reference, likewise; default: what sample.py recorded")
     add("--features", choices=LABELS, help="default: what sample.py recorded, else inception")
     add("--weights", type=Path, help="Inception weights; default: torch's hub cache, else a download")
     add("--save-stats", type=Path, metavar="FILE.npz", help="write the samples' statistics, for --ref")
-    add("--batch-size", type=int, default=32, help="images the network takes at once")
+    add("--batch-size", type=int, default=32, help="images per batch")
     add("--num-workers", type=int, default=min(8, os.cpu_count()), help="threads that read images")
     args = parser.parse_args(argv)
     if args.batch_size < 1 or args.num_workers < 1:
@@ -396,7 +390,7 @@ def main(argv=None):
     if args.save_stats and not (args.save_stats.suffix == ".npz" and args.save_stats.parent.is_dir()):
         parser.error(f"--save-stats {args.save_stats}: must end in .npz and lie in a folder that exists")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        parser.error("fid.py is one process: start it with python, not with torchrun")
+        parser.error("fid.py runs in one process: use python, not torchrun")
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     value, features, reference, n1, n2 = compare(args)
     print(f"{LABELS[features]} of {n1 or 'an unknown number of'} images ({args.samples}) against "

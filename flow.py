@@ -1,6 +1,6 @@
 """Purrception: variational flow matching for vector-quantized images (arXiv 2510.01478).
 
-    path        z_t = t z1 + (1 - t) z0,   z0 ~ N(0, I),   z1 = e_c,   t ~ U(0, 1)
+    path        z_t = t z1 + (1 - t) z0,  z1 = e_c,  z0 ~ N(0, I),  t ~ U(0, 1)   (Eq. 9)
     posterior   pi  = softmax(logits(z_t, t, y) / tau)                          (Eq. 12, 15)
     mean        mu  = sum_k pi_k e_k
     velocity    v   = (mu - z_t) / (1 - t)                                      (Eq. 13)
@@ -8,8 +8,9 @@
     sampling    for s = 0..T-1: t = s/T, z <- z + v/T; then the nearest code    (Appendix B)
     guidance    logits = u + cfg (c - u),  c with the class, u without
 
-First the method, then its two baselines, last the head, in chunks that save memory. The network
-must have hidden(z, t, y), final_layer.linear, input_size, patch_size and num_classes.
+The method comes first, then two baselines, then the head in chunks. The network must have
+hidden(z, t, y), final_layer.linear, input_size, patch_size and num_classes; DFM also needs
+in_channels and x_embedder.
 
 Shapes: B batch, h w grid of codes, d code dimension, K codes, N tokens of G = p*p positions,
 D width.
@@ -22,9 +23,9 @@ from torch import nn
 class Purrception(nn.Module):
     """Learn a distribution over codes along a straight path from noise, and follow its mean.
 
-    model: maps z [B,d,h,w], t [B], y [B] to K logits for each position. codebook: [K,d], frozen.
-    z_loss: its weight. label_dropout: share of labels that training replaces by "no class", for
-    guidance.
+    model: maps z [B,d,h,w], t [B], y [B] to K logits per position. codebook: [K,d], frozen.
+    z_loss: weight of the z-loss. label_dropout: share of labels that training replaces by
+    "no class", for guidance.
     """
 
     def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
@@ -35,7 +36,7 @@ class Purrception(nn.Module):
         self.register_buffer("codebook", codebook.detach().float(), persistent=False)
 
     def prior(self, B, generator=None):
-        """Draw z0 ~ N(0, I): [B,d,h,w], on the generator's device."""
+        """Draw z0 ~ N(0, I): [B,d,h,w], on the generator's or codebook's device."""
         side = self.model.input_size
         shape = B, self.codebook.shape[1], side, side
         device = generator.device if generator else self.codebook.device
@@ -46,17 +47,18 @@ class Purrception(nn.Module):
         return F.embedding(codes, self.codebook).movedim(-1, 1)
 
     def path(self, z0, codes, t):
-        """Interpolate between noise and codes: z_t = t z1 + (1 - t) z0, [B,d,h,w]."""
+        """Interpolate between noise z0 and codes: z_t, [B,d,h,w]."""
+        z1 = self.embed(codes)
         t = t.view(-1, 1, 1, 1)
-        return t * self.embed(codes) + (1 - t) * z0
+        return t * z1 + (1 - t) * z0
 
     # ------------------------------ training
 
     def noise(self, B, generator=None):
         """Draw what a training step needs: t ~ U(0, 1) [B], z0, and which labels to drop [B].
 
-        The authors' release draws t from (0.001, 1) and drops no labels, so that its null class
-        is never trained.
+        The authors' release draws t from (0.001, 1) and drops no labels, so its null class is
+        never trained.
         """
         t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
         return t, self.prior(B, generator), drop < self.label_dropout
@@ -64,7 +66,7 @@ class Purrception(nn.Module):
     def forward(self, codes, y, generator=None, noise=None):
         """Compute the training loss of codes [B,h,w] of classes y [B].
 
-        noise: the result of noise(); without it, it is drawn from the generator.
+        noise: what noise() returns; by default, it is drawn with the generator.
         Returns the loss, a scalar with gradients, and a dictionary of its parts.
         """
         if noise is None:
@@ -87,8 +89,7 @@ class Purrception(nn.Module):
     def guided(self, z, t, y, cfg):
         """Run the network once: features [BN,D] for which the head returns u + cfg (c - u).
 
-        The head is affine, so guiding its input guides its logits, for one product with K columns
-        instead of two.
+        The head is affine, so guiding its input guides its logits, at half the head's cost.
         """
         if cfg == 1:
             h = self.model.hidden(z, t, y)
@@ -102,7 +103,7 @@ class Purrception(nn.Module):
         return h.flatten(0, 1).to(product_dtype(h))
 
     def logits(self, h):
-        """Yield the logits of features h [BN,D] in chunks [n,K], each after its place.
+        """Yield pairs (place, logits [n,K]), chunk by chunk, for features h [BN,D].
 
         A place is a slice of the tokens and the position g within their patches.
         """
@@ -125,7 +126,7 @@ class Purrception(nn.Module):
         return to_grid(pi, p, z.shape[-2:])
 
     def mean(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute mu = sum_k pi_k e_k at z [B,d,h,w]: [B,d,h,w]. Only a chunk of pi exists."""
+        """Compute mu = sum_k pi_k e_k [B,d,h,w] at z [B,d,h,w]. One chunk of pi exists at a time."""
         p = self.model.patch_size
         E = self.codebook
         h = self.guided(z, t, y, cfg)
@@ -162,8 +163,8 @@ class Purrception(nn.Module):
         E = self.codebook
         rows = z.movedim(1, -1).flatten(0, 2)   # [Bhw,d]
         codes = rows.new_empty(len(rows), dtype=torch.long)
-        with torch.autocast(z.device.type, enabled=False):  # float32 island: distances,
-            for some, _ in chunks(len(rows), 1, len(E)):    # less |z|^2, the same for all k
+        with torch.autocast(z.device.type, enabled=False):  # float32 island: distances
+            for some, _ in chunks(len(rows), 1, len(E)):    # without |z|^2, the same for all k
                 distances = torch.addmm(E.square().sum(1), rows[some], E.T, alpha=-2)
                 codes[some] = distances.argmin(1)
         return codes.view(len(z), *z.shape[2:])
@@ -174,8 +175,8 @@ class Purrception(nn.Module):
 class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
 
-    Path and network are Purrception's, but the head returns a velocity, d numbers a position.
-    There is no posterior, hence no tau; cfg goes by name, lest a tau be taken for it.
+    Path and network are Purrception's, but the head returns a velocity, d numbers per position.
+    There is no posterior, hence no tau. cfg is keyword-only, so that a tau cannot pass for it.
     """
 
     posterior = mean = None
@@ -199,7 +200,7 @@ class CFM(Purrception):
 
     @torch.no_grad()
     def sample(self, y, steps=100, *, cfg=1.0, noise=None):
-        """Sample codes [B,h,w] as Purrception does. Where the path ends, the nearest are taken."""
+        """Sample codes [B,h,w] as Purrception does: Euler steps, then the nearest codes."""
         z = self.prior(len(y)) if noise is None else noise
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
@@ -212,8 +213,7 @@ class DFM(Purrception):
     """Unmask codes one by one: masked discrete flow matching (Gat et al. 2024, arXiv 2407.15595).
 
     A state is a grid of codes in which K means "masked"; at time t a position is masked with
-    probability 1 - t. The network gets a first layer that embeds codes and is Purrception's
-    otherwise.
+    probability 1 - t. The network is Purrception's, with a first layer added that embeds codes.
     """
 
     mean = velocity = None
@@ -224,13 +224,13 @@ class DFM(Purrception):
         model.x_embedder = nn.Sequential(embedder, model.x_embedder)
 
     def prior(self, B, generator=None):
-        """Draw two uniform numbers a position, [B,2,h,w]: when it is unmasked, and as what."""
+        """Draw two uniform numbers per position, [B,2,h,w]: when it is unmasked, and as what."""
         side = self.model.input_size
         device = generator.device if generator else self.codebook.device
         return torch.rand((B, 2, side, side), generator=generator, device=device)
 
     def path(self, z0, codes, t):
-        """Mask those codes [B,h,w] whose time has not come: [B,h,w] in 0..K."""
+        """Mask the codes [B,h,w] that are unmasked after t: [B,h,w] in 0..K."""
         return torch.where(z0[:, 0] < t.view(-1, 1, 1), codes, len(self.codebook))
 
     @torch.no_grad()
@@ -238,8 +238,8 @@ class DFM(Purrception):
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
         A step of 1/T turns a masked position into code k with probability pi_k / (T (1 - t)).
-        So a position is unmasked in the step that holds its first uniform number, and its second
-        one draws the code from pi.
+        So a position is unmasked in the step that contains its first uniform number; its second
+        draws the code from pi.
         """
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)           # [B,h,w] each
@@ -252,15 +252,19 @@ class DFM(Purrception):
             h = self.guided(z, t, y, cfg)
             drawn = torch.empty_like(uniform, dtype=torch.long).unsqueeze(2)
             for place, logits in self.logits(h):
-                pi = torch.softmax(logits / tau, 1)
-                total = pi.cumsum(1)            # [n,K]
-                goal = uniform[place].unsqueeze(1) * total[:, -1:]
-                found = torch.searchsorted(total, goal)
-                drawn[place] = found.clamp(max=masked - 1)
+                pi = torch.softmax(logits / tau, 1)         # [n,K]
+                drawn[place] = pick(pi, uniform[place])
             drawn = to_grid(drawn, p, z.shape[1:]).squeeze(-1)
             due = (z == masked) & (when < (s + 1) / steps)
             z = torch.where(due, drawn, z)
         return z
+
+
+def pick(pi, uniform):
+    """Draw codes [n,1] from pi [n,K]: the first whose running total exceeds uniform [n]."""
+    total = pi.cumsum(1)
+    goal = uniform[:, None] * total[:, -1:]                 # the last total is 1 up to rounding
+    return torch.searchsorted(total, goal, right=True)
 
 
 class CodeEmbedder(nn.Embedding):
@@ -280,7 +284,7 @@ OBJECTIVES = {"purrception": Purrception, "cfm": CFM, "dfm": DFM}
 # ------------------------------ tokens and positions
 
 def to_tokens(codes, p):
-    """Order codes [B,h,w] as the network's output is ordered: [B,N,G]."""
+    """Reorder codes [B,h,w] to the network's patches: [B,N,G]."""
     B, h, w = codes.shape
     codes = codes.view(B, h // p, p, w // p, p)
     return codes.transpose(2, 3).reshape(B, -1, p * p)
@@ -296,11 +300,11 @@ def to_grid(x, p, grid):
 
 # ------------------------------ the head, in chunks
 
-CHUNK = 2 ** 22    # logits held at once, 16 MiB in float32: from 32 MiB on, malloc maps new pages
+CHUNK = 2 ** 22    # logits at a time, 16 MiB in float32. From 32 MiB on, malloc maps new pages
 
 
 def chunks(N, G, K):
-    """Yield the places of at most CHUNK logits: a slice of N tokens, one of G positions."""
+    """Yield places of at most CHUNK logits: a slice of N tokens and one of G positions."""
     step = max(1, CHUNK // K)
     for g in range(G):
         for i in range(0, N, step):
@@ -308,7 +312,7 @@ def chunks(N, G, K):
 
 
 def product_dtype(h):
-    """Return the dtype of the head's product: autocast's or, with autocast off, that of h."""
+    """Return the dtype of the head's product: autocast's if it is on, else that of h."""
     device = h.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -316,23 +320,22 @@ def product_dtype(h):
 
 
 def at_least_float32(x):
-    """Widen bf16 to float32; leave float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
     """Apply a linear head, softmax cross-entropy and z-loss (Eq. 14, Sec. 3.3) in chunks.
 
-    h [...,D]; weight [G*K,D] and bias [G*K]; target int64 [...], or [...,G] for G positions a row.
+    h [...,D]; weight [G*K,D]; bias [G*K]; target int64 [...], or [...,G] for G positions per row.
     Returns the scalars loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2), with
-    means over positions. Only loss has gradients. The memory needed is that of one chunk of logits
-    and of the gradients.
+    means over positions. Only loss has gradients. Memory holds one chunk of logits and the
+    gradients.
     """
     inputs = h, weight, bias
     wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     apply = LinearCrossEntropy.apply
-    if torch.compiler.is_compiling():           # the loop over chunks stays a loop. A decorator
-        apply = torch.compiler.disable(apply)   # would import the compiler, which takes a second
+    if torch.compiler.is_compiling():           # keep the loop out of the graph. A decorator
+        apply = torch.compiler.disable(apply)   # would import the compiler: one second
     return apply(*inputs, target, z_weight, wanted)
 
 
@@ -351,18 +354,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
         gradients = ctx.gradients
-        ctx.gradients = None                    # handed over, not copied: 100 MB for DiT-S/2
-        if gradients is None:                   # a second backward() computes them again
+        ctx.gradients = None                    # scaled in place, not kept: 100 MB for DiT-S/2
+        if gradients is None:                   # a second backward() recomputes them
             gradients = head_and_loss(*ctx.saved_tensors, *ctx.settings, True)[2]
-        dh, dW, db = (d.mul_(scale.to(d.dtype)) for d in gradients)
+        dh, dW, db = (d.mul_(scale) for d in gradients)
         return dh, dW, db, None, None, None
 
 
 def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
     """Compute ce and z as linear_cross_entropy does and, if wanted, the gradients of ce + z.
 
-    With respect to a position's logits the gradient is pi (1 + 2 z_weight lse) - onehot(c). It is
-    formed in the memory of the logits, multiplied into those of h, weight and bias, and dropped.
+    The gradient with respect to a position's logits is pi (1 + 2 z_weight lse) - onehot(c). It
+    overwrites the logits, adds to the gradients of h, weight and bias, and is dropped.
     """
     exact = torch.promote_types(dtype, torch.float32)       # float32 island; float64 stays
     P = target.numel()
@@ -371,7 +374,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
     W = weight.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K,D]
     b = bias.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K]
     G, K, _ = W.shape
-    ce, z = torch.zeros(2, dtype=exact, device=h.device)
+    ce, z_part = torch.zeros(2, dtype=exact, device=h.device)
     if wanted:
         dh = torch.zeros_like(rows, dtype=exact)
         dW = torch.zeros_like(W, dtype=exact)
@@ -379,25 +382,25 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
 
     with torch.autocast(h.device.type, enabled=False):
         for some, g in chunks(len(rows), G, K):
-            x = rows[some]                      # [n,D]
-            c = target[some, g, None]           # [n,1]
+            x = rows[some]                                  # [n,D]
+            c = target[some, g, None]                       # [n,1]
             logits = F.linear(x, W[g], b[g]).to(exact)      # [n,K]
             top = logits.amax(1, keepdim=True)
-            of_c = logits.gather(1, c)
+            logit_c = logits.gather(1, c)
             pi = torch.softmax(logits, 1, out=logits)       # in place
             lse = top - pi.amax(1, keepdim=True).log()      # the largest pi is exp(top - lse)
-            ce += (lse - of_c).sum()
-            z += z_weight * lse.square().sum()
+            ce += (lse - logit_c).sum()                     # -log pi_c
+            z_part += z_weight * lse.square().sum()
             if wanted:
-                d = pi.mul_(1 + 2 * z_weight * lse)
-                d.scatter_add_(1, c, torch.full_like(of_c, -1))
-                db[g] += d.sum(0)
-                d = d.to(dtype)
-                dh[some] += d @ W[g]
-                dW[g] += d.T @ x
+                grad = pi.mul_(1 + 2 * z_weight * lse)
+                grad.scatter_add_(1, c, torch.full_like(lse, -1))
+                db[g] += grad.sum(0)
+                grad = grad.to(dtype)
+                dh[some] += grad @ W[g]
+                dW[g] += grad.T @ x
 
     gradients = None
     if wanted:
         pairs = (dh, h), (dW, weight), (db, bias)
         gradients = [d.div_(P).view_as(x).to(x.dtype) for d, x in pairs]
-    return ce / P, z / P, gradients
+    return ce / P, z_part / P, gradients

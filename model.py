@@ -1,12 +1,12 @@
-"""The network: a Diffusion Transformer (DiT) that maps a noisy latent to K logits a position.
+"""The network: a Diffusion Transformer (DiT) that maps a noisy latent to K logits per position.
 
     x [B,d,h,w] --patches--> tokens [B,N,D]            N = (h/p)(w/p) patches of p x p positions
     c = embed(t) + embed(y)                            the condition: time and class
     x <- x + gate * attention(modulate(norm(x)))       adaLN-Zero block, repeated `depth` times;
     x <- x + gate * mlp(modulate(norm(x)))             shift, scale and gate are linear in silu(c)
-    logits = linear(modulate(norm(x)))                 p*p*K numbers a token, K for each position
+    logits = linear(modulate(norm(x)))                 p*p*K numbers per token, K per position
 
-Key names and layouts are facebookresearch/DiT's (arXiv 2212.09748), so published weights load strictly.
+Key names and layouts are those of facebookresearch/DiT (arXiv 2212.09748), whose weights load strictly.
 
 Shapes: B batch, d code dimension, h w grid, p patch side, N tokens, D width, K codes (out_channels).
 """
@@ -35,7 +35,7 @@ def modulate(x, shift, scale):
 def sincos_2d(width, side):
     """Encode the positions of a side x side grid by sines and cosines: float [1,side*side,width].
 
-    The first half of the channels encodes the column, the second the row, as in facebookresearch/DiT.
+    The first half of the channels encodes the column, the second the row.
     """
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     axis = torch.arange(side, dtype=torch.float64)
@@ -60,7 +60,7 @@ class TimestepEmbedder(nn.Module):
         )
 
     def forward(self, t):
-        # float32 island: bf16 keeps two digits of t, and the authors' release embeds it so
+        # float32 island: bf16 keeps two digits of t; the authors' release embeds t in bf16
         with torch.autocast(t.device.type, enabled=False):
             steps = torch.arange(self.half, device=t.device)
             frequencies = torch.exp(-math.log(10000) / self.half * steps)
@@ -92,8 +92,6 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens [B,N,D]."""
-
     def __init__(self, width, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -108,8 +106,6 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a tanh-approximated GELU between."""
-
     def __init__(self, width, hidden):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -120,18 +116,15 @@ class Mlp(nn.Module):
 
 
 def adaln(width, parts):
-    """Make the layer that maps a condition [B,D] to `parts` shifts, scales and gates: [B,parts*D]."""
+    """Make the layer that maps a condition [B,D] to `parts` shifts, scales or gates: [B,parts*D]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
 def layer_norm(width):
-    """Make a layer norm without weights, which the condition replaces."""
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
 class Block(nn.Module):
-    """A transformer block conditioned on c through adaLN-Zero."""
-
     def __init__(self, width, num_heads, mlp_ratio):
         super().__init__()
         self.norm1 = layer_norm(width)
@@ -149,7 +142,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm and modulation before the head, and the head itself, which the caller applies."""
+    """Normalise and modulate the tokens. Also hold the head, `linear`, which the caller applies."""
 
     def __init__(self, width, outputs):
         super().__init__()
@@ -192,12 +185,12 @@ class DiT(nn.Module):
         self.initialize()
 
     def initialize(self):
-        """Initialise as DiT does: at first every block is the identity and all logits are zero."""
+        """Initialise as DiT does: every block is the identity and all logits are zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as a linear layer's; a view
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as for a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
         nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
@@ -220,7 +213,7 @@ class DiT(nn.Module):
         return self.final_layer(x, c)
 
     def forward(self, x, t, y):
-        """Compute the logits [B,h,w,K], class axis last and contiguous, of x [B,d,h,w]."""
+        """Compute the logits [B,h,w,K] of x [B,d,h,w]. The class axis is last and contiguous."""
         p = self.patch_size
         side = self.input_size // p
         logits = self.final_layer.linear(self.hidden(x, t, y))  # [B,N,p*p*K]

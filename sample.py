@@ -5,9 +5,9 @@
     python sample.py --tau 0.9 --cfg-scale 2 --classes siamese calico 0 --num-samples 30 --out cats
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --cfg-scale 1.3 --npz
 
-Image i depends on the checkpoint, the flags and (seed, i) alone, in bf16 up to rounding: it has noise of its
-own, and the classes are taken in turn. So one process or eight make the same images, and an interrupted run
-goes on. Beside samples/ lie samples.json, the record of how they were made, and samples.png, a contact sheet.
+Image i depends only on the checkpoint, the flags and (seed, i), in bf16 up to rounding: it has its own noise,
+and classes are used in turn. So one process or eight make the same images, and an interrupted run goes on.
+samples.json, beside samples/, records how they were made; samples.png is a contact sheet.
 """
 import argparse
 import time
@@ -26,7 +26,7 @@ SHOWN = 100                                     # images on the contact sheet
 
 
 def load_run(path, device, data=None):
-    """Build what a checkpoint describes: the method on averaged weights, the tokenizer, Data, args and step.
+    """Load a run: the method with averaged weights, the tokenizer, Data, args and step of a checkpoint.
 
     data: the data directory, if it has moved since training.
     """
@@ -34,7 +34,7 @@ def load_run(path, device, data=None):
     args = argparse.Namespace(**ckpt["args"])
     data = open_data(data or args.data)
     vq = open_tokenizer(data, device)
-    with torch.device("meta"):                  # without weights, which the checkpoint has
+    with torch.device("meta"):                  # the checkpoint has the weights
         flow = build(args, data.meta, vq.codebook, data.codes.shape[1])
     flow.model.to_empty(device=device)
     load_weights(path, (flow.model, ckpt["ema"]))
@@ -42,7 +42,7 @@ def load_run(path, device, data=None):
 
 
 def pick_classes(wanted, names):
-    """Translate class names or numbers into numbers; without any, return all."""
+    """Convert class names or numbers to numbers; None means all."""
     numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     for name in wanted or ():
         if name not in numbers:
@@ -52,12 +52,12 @@ def pick_classes(wanted, names):
 
 
 def initial_noise(flow, indices, seed, device):
-    """Draw the noise of the images `indices`, a function of (seed, i) on any device: [B,d,h,w]."""
+    """Draw noise [B,d,h,w] for the images `indices` from (seed, i), the same on any device."""
     return torch.cat([flow.prior(1, seeded("cpu", seed, i)) for i in indices]).to(device)
 
 
 def fill_folder(draw, args, rank, world):
-    """Make the images that are missing in args.out, a share in each process."""
+    """Make this process's share of the images missing in args.out."""
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     with tqdm(total=len(todo), unit=" images", desc="sample", disable=rank > 0) as bar:
@@ -88,20 +88,20 @@ def parse(argv):
     add("--ckpt", type=Path, help="checkpoint; None: that of the newest run")
     add("--data", help="data directory, if it has moved since training")
     add("--tau", type=number(float, 1e-30), nargs="+",
-        help="temperature; None: 0.9 (dfm: 1); several: a sheet, a row each")
-    add("--cfg-scale", type=number(float, -1e9), default=1.0, help="guidance; 1: off")
+        help="temperature; None: 0.9 (dfm: 1); several: one sheet, a row each")
+    add("--cfg-scale", type=number(float, -1e9), default=1.0, help="guidance scale; 1: off")
     add("--steps", type=number(int, 1), default=100, help="Euler steps, one network call each")
     add("--num-samples", type=number(int, 1), default=256, help="images to make")
-    add("--classes", nargs="+", metavar="CLASS", help="numbers or names, taken in turn; None: all")
+    add("--classes", nargs="+", metavar="CLASS", help="numbers or names, used in turn; None: all")
     add("--seed", type=number(int, 0), default=0, help="seed of the noise")
     add("--out", type=Path, default="samples", help="folder for the PNG files")
-    add("--per-proc-batch-size", type=number(int, 1), default=64, help="images a process makes at once")
+    add("--per-proc-batch-size", type=number(int, 1), default=64, help="images per process and batch")
     add("--npz", action="store_true", help="also write them to OUT.npz, for ADM's evaluator")
     add("--bf16", action=argparse.BooleanOptionalAction,
-        help="bf16 autocast; None: on a GPU that has it; off, images do not depend on the batch")
+        help="bf16 autocast; None: on a GPU that has it; off: images do not depend on the batch")
     args = parser.parse_args(argv)
     if args.npz and args.tau and len(args.tau) > 1:
-        parser.error("--npz: takes one --tau")
+        parser.error("--npz: give only one --tau")
     return parser, args
 
 
@@ -112,7 +112,7 @@ def main(argv=None):
     ckpt = args.ckpt or newest_run() / "ckpt.pt"
     flow, vq, data, settings, step = load_run(ckpt, device, args.data)
     if settings.objective == "cfm" and args.tau:
-        parser.error(f"--tau: {ckpt} was trained with --objective cfm and has no posterior; leave it out")
+        parser.error(f"--tau: {ckpt} was trained with --objective cfm and has no posterior; leave --tau out")
     if settings.label_dropout == 0 and args.cfg_scale != 1:
         parser.error(f"--cfg-scale: {ckpt} was trained with --label-dropout 0; leave it at 1")
     classes = pick_classes(args.classes, data.meta["classes"])
@@ -120,7 +120,6 @@ def main(argv=None):
     bf16 = device.type == "cuda" and bf16_is_fast(device) if args.bf16 is None else args.bf16
 
     def draw(indices, tau=taus[0]):
-        """Sample the images `indices`: uint8 [B,H,W,3]."""
         y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
         noise = initial_noise(flow, indices, args.seed, device)
         knobs = {} if tau is None else {"tau": tau}

@@ -2,15 +2,15 @@
 
     python train.py                                                          the demo's cats, on a laptop
     torchrun --nproc_per_node=8 train.py --data data/imagenet --name xl2     the paper's run
-    torchrun --nproc_per_node=8 train.py --name xl2 --resume                 go on where it stopped
+    torchrun --nproc_per_node=8 train.py --name xl2 --resume                 continue where it stopped
 
-The defaults are the paper's; the flags in the data directory's recipe.txt override them, and the command line
-overrides both. A run writes runs/NAME/: ckpt.pt, the newest checkpoint; log.jsonl; and samples/, pictures by
-the averaged weights, always from the same noise.
+The defaults are the paper's; the data directory's recipe.txt overrides them, and the command line overrides
+both. A run writes runs/NAME/: ckpt.pt, the newest checkpoint; log.jsonl; and samples/, pictures by the
+averaged weights from fixed noise.
 
-The order of the data is a function of (seed, epoch), the noise of (seed, step), and each process takes its
-slice of both. So one process or eight, interrupted or not, run the same training up to rounding, and resumed
-on a CPU bit for bit.
+The data order is a function of (seed, epoch), the noise of (seed, step), and each process takes its slice
+of both. So the number of processes and interruptions affect training only by rounding. On a CPU, resuming
+is exact.
 
 Shapes: B global batch, b micro-batch of a process, N images, h w grid of codes.
 """
@@ -53,14 +53,14 @@ class Data(NamedTuple):
     codes: np.ndarray
     twins: np.ndarray
     labels: np.ndarray
-    rows: np.ndarray                            # of the images that could be read
+    rows: np.ndarray                            # indices of readable images
 
 
 def open_data(path):
-    """Open a data directory, the demo's or one by vq.py. Raises InputError for anything else."""
+    """Open a data directory. Raises InputError for anything else."""
     path = Path(path).resolve()
     if not (path / "meta.json").exists():
-        raise InputError(f"--data {path}: not a data directory; make one of images by: "
+        raise InputError(f"--data {path}: not a data directory; make one from images with: "
                          f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
     meta = read_json(path / "meta.json")
     try:
@@ -72,7 +72,7 @@ def open_data(path):
         whole = codes.shape == twins.shape == (N, side, side) and labels.shape == (N,)
         typed = codes.dtype == twins.dtype == np.uint16 and labels.dtype.kind in "iu"
         named = 0 <= labels.max() < len(meta["classes"]) and isinstance(meta["tokenizer"], str)
-    except Exception as error:                  # damaged headers fail in a dozen ways
+    except Exception as error:                  # damaged headers fail in many ways
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"--data {path}: cannot be read ({why}); encode the images again") from None
     if not (whole and typed and named):
@@ -82,14 +82,14 @@ def open_data(path):
 
 
 def check_codes(data, K, patch_size):
-    """Raise InputError if patches do not fill the grid, or if there are codes the tokenizer does not have."""
+    """Raise InputError if patches do not fill the grid, or if the tokenizer lacks a code."""
     side = data.codes.shape[1]
     if side % patch_size:
         raise InputError(f"--model: patches of {patch_size} do not fill the grid of {side}x{side} codes; "
                          "choose another size")
     top = max(data.codes.max(), data.twins.max())
-    if top >= K:                                # 65535 stands where nothing is encoded yet
-        raise InputError(f"--data {data.path}: holds code {top}, its tokenizer has {K} codes; repeat an "
+    if top >= K:                                # 65535: not encoded yet
+        raise InputError(f"--data {data.path}: holds code {top}, but its tokenizer has {K} codes; repeat an "
                          "interrupted vq.py command, or encode the images again")
 
 
@@ -99,24 +99,23 @@ def open_tokenizer(data, device):
 
 @functools.lru_cache(2)
 def epoch_order(N, seed, epoch):
-    """Return the order of N images in an epoch, a function of (seed, epoch)."""
     return np.random.default_rng((seed, epoch)).permutation(N)
 
 
 def batch_rows(N, B, seed, step):
-    """Return the numbers of the B images of a step: the epochs, one after the other, cut into batches."""
+    """Return the indices [B] of a step's images: consecutive epochs, cut into batches."""
     epochs, places = np.divmod(np.arange(step * B, (step + 1) * B), N)
     return np.array([epoch_order(N, seed, epoch)[i] for epoch, i in zip(epochs, places)])
 
 
 def load_batch(data, rows, mirror, device):
-    """Read codes [B,h,w] int64, mirrored where mirror [B] says so, and labels [B] int64 of rows [B]."""
+    """Load codes [B,h,w], mirrored where mirror [B] is true, and labels [B] of rows [B]: int64."""
     codes = np.where(mirror[:, None, None], data.twins[rows], data.codes[rows])
     return [torch.from_numpy(x.astype(np.int64)).to(device) for x in (codes, data.labels[rows])]
 
 
 def seeded(device, *key):
-    """Return a torch.Generator on the device, a function of the integers in key."""
+    """Make a torch.Generator on the device, seeded by the integers in key."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
@@ -124,7 +123,7 @@ def seeded(device, *key):
 # ------------------------------ networks
 
 def build(args, meta, codebook, side):
-    """Build the method and its network as args say, for a codebook [K,d] and a grid of side x side codes."""
+    """Build the method and its network from args, for a codebook [K,d] and side x side codes."""
     K, d = codebook.shape
     size = SIZES[args.model]
     model = DiT(
@@ -147,7 +146,7 @@ def bf16_is_fast(device):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Move the averaged weights towards the model's: ema <- decay ema + (1 - decay) model."""
+    """Update the averaged weights: ema <- decay ema + (1 - decay) model."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
@@ -161,7 +160,7 @@ def newest_run(runs=Path("runs")):
 
 
 def new_run(name):
-    """Make the folder of a new run: runs/NAME, or without a name the first number that is free."""
+    """Make the folder of a new run: runs/NAME, or runs/NUMBER with the first free number."""
     for i in itertools.count(1):
         run = Path("runs", name or f"{i:03d}")
         try:
@@ -169,7 +168,7 @@ def new_run(name):
             return run
         except OSError as error:
             if name or not run.exists():
-                raise InputError(f"--name {run.name}: {run} cannot be made ({error}); go on with it by "
+                raise InputError(f"--name {run.name}: {run} cannot be made ({error}); continue it with "
                                  "--resume, or choose another name") from None
 
 
@@ -181,7 +180,7 @@ def read_run(path):
 
 
 def load_weights(path, *pairs):
-    """Load state dicts into modules or optimizers, in pairs. Raises InputError if they do not fit."""
+    """Load pairs (module or optimizer, state dict). Raises InputError if they do not fit."""
     try:
         for target, state in pairs:
             target.load_state_dict(state)
@@ -191,16 +190,16 @@ def load_weights(path, *pairs):
 
 
 def save_checkpoint(path, flow, ema, opt, step, args):
-    """Write a checkpoint, whole or not at all, which torch.load reads with weights_only=True."""
+    """Write a checkpoint, whole or not at all, that torch.load reads with weights_only=True."""
     with replacing(path) as file:
         torch.save({"model": flow.model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                     "step": step, "args": vars(args)}, file)
         file.flush()
-        os.fsync(file.fileno())                 # before it takes the name, should the machine crash
+        os.fsync(file.fileno())                 # on disk before it takes the name
 
 
 def open_log(path, step):
-    """Open log.jsonl to append to, without the lines beyond `step` that a killed run may have left."""
+    """Open log.jsonl for appending; drop lines beyond `step`, which a killed run may have left."""
     lines = path.read_text().splitlines(True) if path.exists() else []
     with replacing(path) as file:
         for line in lines:
@@ -212,15 +211,16 @@ def open_log(path, step):
 # ------------------------------ the loop
 
 def train(args, data, vq, ckpt, run, rank, world, device):
-    """Train until args.steps are done or a signal comes, from the checkpoint ckpt or, without one, anew."""
+    """Train from the checkpoint ckpt, or from scratch if it is None, until args.steps or a signal."""
     B = args.global_batch_size
-    share = B // world                          # of a process
+    share = B // world                          # images per process
     b = share // args.accumulate
     mine = slice(rank * share, (rank + 1) * share)
     torch.manual_seed(args.seed)
     flow = build(args, data.meta, vq.codebook, data.codes.shape[1]).to(device)
     average = copy.deepcopy(flow).requires_grad_(False)     # the same method on averaged weights
     params = [p for p in flow.parameters() if p.requires_grad]
+    # eps is the paper's; the authors' release defaults to 1e-8
     opt = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
@@ -232,7 +232,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
     ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True) if world > 1 else flow
     log = open_log(run / "log.jsonl", start) if rank == 0 else None
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
-    stop = []                                   # filled by Ctrl-C or SIGTERM: finish the step, save
+    stop = []                                   # Ctrl-C or SIGTERM fill it: finish the step, save
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
     seen = seconds = 0                          # images and time since the last line of the log
@@ -246,7 +246,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         stats = 0                               # means over the batch: loss, parts, whether to stop
         for i in range(0, share, b):
             some = slice(i, i + b)
-            accumulating = world > 1 and i + b < share      # processes add up at the last micro-batch
+            accumulating = world > 1 and i + b < share      # synchronise processes once a step
             with ddp.no_sync() if accumulating else contextlib.nullcontext():
                 with autocast:
                     loss, parts = ddp(codes[some], y[some], noise=[x[some] for x in noise])
@@ -259,15 +259,14 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         *means, stopping = stats.tolist()
         if not math.isfinite(means[0] + grad_norm):
             raise InputError(f"step {step + 1}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
-                             "the last checkpoint by --resume with a smaller --lr")
+                             "the last checkpoint with --resume and a smaller --lr")
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        for group in opt.param_groups:          # the flags win over a checkpoint's
+        for group in opt.param_groups:          # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
         opt.zero_grad()
         ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
         update_ema(average.model, flow.model, min(args.ema_decay, ramp))
-
         done = step + 1
         bar.update()
         seen += B
@@ -289,13 +288,12 @@ def train(args, data, vq, ckpt, run, rank, world, device):
 
 
 def save_due(run, done, stopping, flow, average, opt, vq, args):
-    """Write the checkpoints and the picture that are due after `done` steps."""
     def due(every):
         return every and (done % every == 0 or done == args.steps)
 
     if due(args.keep_every):
         save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, average.model, opt, done, args)
-    if due(args.ckpt_every) or stopping:        # last: a resumed run would not write the others
+    if due(args.ckpt_every) or stopping:        # after the above, which a resumed run would skip
         save_checkpoint(run / "ckpt.pt", flow, average.model, opt, done, args)
     if due(args.sample_every) and not stopping:
         paint(average, vq, args, run / "samples" / f"{done:07d}.png")
@@ -303,11 +301,11 @@ def save_due(run, done, stopping, flow, average, opt, vq, args):
 
 @torch.inference_mode()
 def paint(flow, vq, args, path):
-    """Save a picture of samples, always from the same noise: up to ten classes across, three of each."""
+    """Save a picture of samples from fixed noise: up to ten classes across, three of each."""
     columns, device = min(10, flow.model.num_classes), flow.codebook.device
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.prior(len(y), seeded(device, args.seed))
-    cfg = args.sample_cfg if args.label_dropout else 1.0    # "no class" is not trained without dropout
+    cfg = args.sample_cfg if args.label_dropout else 1.0    # else "no class" is untrained
     codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
     save_image(path, sheet(decode_pixels(vq, codes), columns))
 
@@ -315,8 +313,8 @@ def paint(flow, vq, args, path):
 # ------------------------------ command line
 
 def number(kind, low, high=math.inf):
-    """Make an argparse type: a number of a kind, int or float, in [low, high)."""
-    def number(text):
+    """Make an argparse type: a number in [low, high). kind: int or float."""
+    def number(text):                           # argparse prints this name
         if not low <= kind(text) < high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
         return kind(text)
@@ -324,7 +322,6 @@ def number(kind, low, high=math.inf):
 
 
 def flags():
-    """Make the parser; the defaults are the paper's."""
     parser = argparse.ArgumentParser(
         description="Train Purrception or a baseline. The data's recipe.txt overrides the defaults.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, fromfile_prefix_chars="@")
@@ -333,34 +330,34 @@ def flags():
     count, whole = number(int, 1), number(int, 0)
     positive, real, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
     add("--data", default=str(HERE / "demo"), help="data directory")
-    add("--name", help="the run's folder is runs/NAME; None: the next free number")
-    add("--resume", action="store_true", help="go on with --name, or with the newest run")
+    add("--name", help="name of the run, in runs/NAME; None: the first free number")
+    add("--resume", action="store_true", help="continue the run --name, or the newest run")
     add("--objective", default="purrception", choices=OBJECTIVES, help="the paper's method or a baseline")
     add("--model", default="DiT-XL/2", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
     add("--steps", type=count, default=3_500_000, help="training steps")
-    add("--global-batch-size", type=count, default=256, help="images a step, all processes together")
-    add("--accumulate", type=count, default=1, help="micro-batches a process splits its share into")
+    add("--global-batch-size", type=count, default=256, help="images per step, over all processes")
+    add("--accumulate", type=count, default=1, help="micro-batches per process and step")
     add("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
     add("--warmup", type=whole, default=0, help="steps over which the learning rate rises")
     add("--weight-decay", type=real, default=0.01, help="weight decay of AdamW")
-    add("--grad-clip", type=positive, default=1.0, help="norm to which longer gradients are clipped")
+    add("--grad-clip", type=positive, default=1.0, help="norm to which gradients are clipped")
     add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights")
     add("--ema-ramp", action=switch, default=False, help="limit the decay to (1 + step) / (10 + step)")
     add("--z-loss", type=real, default=1e-5, help="weight of the z-loss; cfm has none")
     add("--label-dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="seed of weights, data order and noise")
-    add("--bf16", action=switch, help="bf16 autocast; None: where the hardware has it")
+    add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
     add("--compile", action=switch, default=False, help="torch.compile the transformer")
     add("--log-every", type=count, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=count, default=5000, help="steps between checkpoints")
-    add("--keep-every", type=whole, default=0, help="steps between numbered checkpoints, kept; 0: none")
-    add("--sample-every", type=whole, default=5000, help="steps between pictures of samples; 0: none")
-    add("--sample-cfg", type=real, default=1.3, help="guidance of those pictures")
+    add("--keep-every", type=whole, default=0, help="steps between numbered checkpoints; 0: none")
+    add("--sample-every", type=whole, default=5000, help="steps between sample pictures; 0: none")
+    add("--sample-cfg", type=real, default=1.3, help="guidance scale of those pictures")
     return parser
 
 
 def parse(argv=None):
-    """Read the flags; first come those of the data's recipe.txt or, with --resume, of the checkpoint."""
+    """Parse the flags. They override recipe.txt or, with --resume, the flags of the checkpoint."""
     words = sys.argv[1:] if argv is None else list(argv)
     parser, run, ckpt = flags(), None, None
     first, _ = parser.parse_known_args(words)
@@ -368,7 +365,7 @@ def parse(argv=None):
     if first.resume:
         run = Path("runs", first.name) if first.name else newest_run()
         if not run.is_dir():
-            raise InputError(f"--name {first.name}: there is no {run} to resume")
+            raise InputError(f"--name {first.name}: there is no {run} to resume; check the name")
     if run and (run / "ckpt.pt").exists():      # else it was stopped before its first checkpoint
         ckpt = read_run(run / "ckpt.pt")
         parser.set_defaults(**{name: x for name, x in ckpt["args"].items() if x is not None})
@@ -398,7 +395,7 @@ def main(argv=None):
         args.bf16 = bf16_is_fast(device)
     settings = {"started": time.strftime("%Y-%m-%d %H:%M:%S")} | vars(args) | {"data": str(data.path)}
     del settings["name"], settings["resume"]
-    if world > 1:                               # an hour: process 0 may be saving or painting
+    if world > 1:                               # an hour: process 0 may be saving or sampling
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
     train(argparse.Namespace(**settings), data, vq, ckpt, run, rank, world, device)

@@ -1,13 +1,13 @@
-"""Turn pixels into codes and back: the frozen VQ autoencoder in whose codes Purrception works.
+"""Map pixels to codes and back with the frozen VQ autoencoder whose codes Purrception generates.
 
     encode    x -> h = encoder(x) -> c = argmin_k |h - e_k|         images to codes     (Eq. 9)
     embed     c -> z = e_c                                          codes to latents
     decode    c -> decoder(e_c)                                     codes to images
 
-One network serves three families of weights, recognised by their keys: vq-f8 of latent-diffusion,
+One network serves three kinds of weight files, recognised by their keys: vq-f8 of latent-diffusion,
 LlamaGen's vq_ds8_c2i.pt, and the files this project trains.
 
-    python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip      an ImageFolder tree; torchrun, too
+    python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip      also with torchrun
     python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt          original | reconstruction
 
 References: VQGAN (arXiv 2012.09841); CompVis/latent-diffusion; FoundationVision/LlamaGen.
@@ -38,7 +38,7 @@ from tqdm import tqdm
 
 
 class InputError(SystemExit):
-    """A file or a flag is wrong. Uncaught, it ends a script with its sentence and exit code 1."""
+    """Report a wrong file or flag. Uncaught, it ends a script with its message and exit code 1."""
 
 
 # ------------------------------ the network
@@ -48,7 +48,7 @@ def norm(channels):
 
 
 class ResBlock(nn.Module):
-    """Add two rounds of norm, swish and convolution to x: [B,c_in,h,w] to [B,c_out,h,w]."""
+    """Map features [B,c_in,h,w] to [B,c_out,h,w]."""
 
     def __init__(self, c_in, c_out):
         super().__init__()
@@ -63,8 +63,6 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attend over all h*w positions with one head of width C."""
-
     def __init__(self, c):
         super().__init__()
         self.norm = norm(c)
@@ -92,7 +90,7 @@ def middle(c):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked, then a change of resolution."""
+    """Apply residual blocks, each followed by attention if asked, then change the resolution."""
 
     def __init__(self, c_in, c_out, num_blocks, attention, down=False, up=False):
         super().__init__()
@@ -108,8 +106,6 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Map images [B,3,H,W] to features [B,z_channels,h,w]."""
-
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
@@ -129,8 +125,6 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Map features [B,z_channels,h,w] to images [B,3,H,W]."""
-
     def __init__(self, ch, ch_mult, num_res_blocks, z_channels):
         super().__init__()
         self.up = nn.ModuleList()
@@ -152,9 +146,9 @@ class Decoder(nn.Module):
 class VQ(nn.Module):
     """Autoencode images through a grid of discrete codes; the defaults are vq-f8's.
 
-    Key names are CompVis's. With l2_norm (LlamaGen) the codes and the encoder's outputs are unit vectors.
-    num_groups is that of every group norm; narrow networks need fewer than 32, because a group of one channel
-    loses its mean, and with it the brightness of the picture.
+    Key names are CompVis's. With l2_norm (LlamaGen), codes and encoder outputs are unit vectors;
+    the authors' release samples with unnormalised codes. num_groups applies to every group norm. Narrow
+    networks need fewer than 32: a group of one channel loses its mean, and so the picture's brightness.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, n_embed=16384,
@@ -179,7 +173,7 @@ class VQ(nn.Module):
 
     def encode(self, x):
         """Map images [B,3,H,W] in [-1,1] to codes [B,h,w] int64 (Eq. 9); H, W multiples of self.factor."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False): # TF32's 10 bits change codes
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
             return self.nearest(self.quant_conv(self.encoder(x)))
 
     def embed(self, codes):
@@ -187,7 +181,7 @@ class VQ(nn.Module):
         return F.embedding(codes, self.codebook).movedim(-1, 1)
 
     def nearest(self, z):
-        """Find the nearest code of every latent vector: z [B,d,h,w] to codes [B,h,w] int64."""
+        """Map latents z [B,d,h,w] to their nearest codes [B,h,w] int64."""
         E = self.codebook
         z = z.movedim(1, -1).to(E.dtype)        # [B,h,w,d]
         if self.l2_norm:
@@ -201,10 +195,10 @@ class VQ(nn.Module):
 
 def nearest_code(z, E):
     """Find argmin_k |z - e_k| for every row of z [N,d] among the rows of E [K,d]: int64 [N]."""
-    step = max(1, 2 ** 22 // len(E))            # 2^22 distances exist at a time
+    step = max(1, 2 ** 22 // len(E))            # at most 2^22 distances at a time
     codes = torch.empty(len(z), dtype=torch.long, device=z.device)
-    with torch.autocast(z.device.type, enabled=False):      # in bf16 neighbours would trade places
-        for i in range(0, len(z), step):        # |z|^2, the same for all k, is left out
+    with torch.autocast(z.device.type, enabled=False):      # float32 island: bf16 changes codes
+        for i in range(0, len(z), step):        # without |z|^2, the same for all k
             distances = torch.addmm(E.square().sum(1), z[i:i + step], E.T, alpha=-2)
             codes[i:i + step] = distances.argmin(1)
     return codes
@@ -217,7 +211,7 @@ TRAINERS = re.compile(r"(pytorch_lightning|lightning)\..+|argparse\.Namespace|_c
 
 
 class Stub:
-    """Stand in for a trainer's pickled object: accept anything, do nothing."""
+    """Stand in for a trainer's pickled object: accept any arguments, do nothing."""
 
     def __init__(self, *_, **__):
         pass
@@ -225,27 +219,27 @@ class Stub:
 
 
 def read_checkpoint(path):
-    """Read a torch.save file, zip or legacy, onto the CPU. Raises InputError if it would execute anything.
+    """Read a torch.save file, zip or legacy, onto the CPU. Raises InputError if unsafe or damaged.
 
-    weights_only=True stops at the first name that tensors do not need. If it is a trainer's, a stub takes
-    its place and the file is read again. A zip file's tensors stay on the disk until used.
+    weights_only=True stops at the first name that tensors do not need. If it is a trainer's, a stub
+    replaces it and the file is read again. A zip file's tensors stay on disk until used.
     """
     stubs = {}
     while True:
         try:
             with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
                 return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as error:              # a damaged file fails in a dozen ways
+        except Exception as error:              # a damaged file fails in many ways
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked[1] if asked else ""
             if not TRAINERS.fullmatch(name) or name in stubs:
                 why = f"it asks for {name}" if asked else type(error).__name__
-                raise InputError(f"{path}: not readable as weights ({why}); give another file") from None
+                raise InputError(f"{path}: not readable as weights ({why}); use another file") from None
             stubs[name] = OrderedDict if name.endswith("Dict") else Stub
 
 
 def from_llamagen(state):
-    """Translate the key names of LlamaGen's tensors to CompVis's."""
+    """Rename LlamaGen's keys to CompVis's."""
     middle = {"0": "block_1", "1": "attn_1", "2": "block_2"}
     levels = len({key.split(".")[2] for key in state if key.startswith("decoder.conv_blocks.")})
     renamed = {}
@@ -259,7 +253,7 @@ def from_llamagen(state):
 
 
 def config_of(state):
-    """Read the keyword arguments of VQ off the tensors of a foreign network."""
+    """Infer the arguments of VQ from the keys and shapes of published weights."""
     ch = len(state["encoder.conv_in.weight"])
     levels = len({key.split(".")[2] for key in state if key.startswith("encoder.down.")})
     blocks = len({key.split(".")[4] for key in state if key.startswith("encoder.down.0.block.")})
@@ -270,10 +264,10 @@ def config_of(state):
 
 
 def load_vq(path):
-    """Load a tokenizer: a frozen VQ in eval mode, in float32 on the CPU.
+    """Load a tokenizer as a frozen VQ in eval mode, in float32 on the CPU.
 
     path: vq-f8's model.ckpt, LlamaGen's vq_ds8_c2i.pt, or {"config": arguments of VQ, "state_dict": tensors}.
-    Raises InputError, naming file and key, for other, unsafe, damaged or incomplete files.
+    Raises InputError for other, damaged or unsafe files.
     """
     file = read_checkpoint(path)
     try:
@@ -291,7 +285,7 @@ def load_vq(path):
         vq.load_state_dict(state, assign=True)
     except Exception as error:                  # load_state_dict names the key and both shapes
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise InputError(f"{path}: not vq-f8, vq_ds8_c2i or one of this project ({why}); give one") from None
+        raise InputError(f"{path}: not a tokenizer ({why}); use vq-f8, vq_ds8_c2i or the demo's") from None
     return vq.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # 1.6x faster on a CPU
 
 
@@ -303,12 +297,12 @@ def from_pixels(pixels):
 
 
 def to_pixels(x):
-    """Map images [B,3,H,W] in [-1,1] to uint8 [B,H,W,3] by rounding; the release truncates."""
+    """Map images [B,3,H,W] in [-1,1] to uint8 [B,H,W,3] by rounding; the authors' release truncates."""
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).movedim(1, -1)
 
 
 def decode_pixels(vq, codes):
-    """Decode codes [B,h,w] to pictures uint8 [B,H,W,3]: one by one, as rounding depends on the batch."""
+    """Decode codes [B,h,w] to uint8 [B,H,W,3], one by one: rounding depends on the batch."""
     with torch.autocast(codes.device.type, enabled=False):  # float32 island
         return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
 
@@ -317,9 +311,9 @@ def open_image(path, size):
     """Read a picture as uint8 [size,size,3]: upright, RGB, cropped as in openai/guided-diffusion (ADM)."""
     with Image.open(path) as image:
         image.load()
-        with contextlib.suppress(Exception):    # damaged EXIF data says nothing of the pixels
+        with contextlib.suppress(Exception):    # damaged EXIF data: do not rotate
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):          # 16 bits, which convert() would clip to white
+        if image.mode.startswith("I"):          # 16 bits, which convert() clips to white
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB")
     while min(image.size) >= 2 * size:
@@ -331,7 +325,7 @@ def open_image(path, size):
 
 
 def sheet(pixels, columns):
-    """Lay out uint8 [B,H,W,3] row by row on one white picture [H',W',3], two pixels apart."""
+    """Arrange uint8 [B,H,W,3] in rows on a white picture [H',W',3], two pixels apart."""
     pixels = np.asarray(pixels)
     B, H, W, _ = pixels.shape
     rows = -(-B // columns)
@@ -343,7 +337,7 @@ def sheet(pixels, columns):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a file that takes the name `path` once it is whole. Raises InputError if it cannot."""
+    """Open a file for writing that becomes `path` once complete. Raises InputError on failure."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -354,7 +348,7 @@ def replacing(path):
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error})") from None
     finally:
-        with contextlib.suppress(OSError):      # there is none if all went well
+        with contextlib.suppress(OSError):      # it is gone if all went well
             partial.unlink()
 
 
@@ -365,16 +359,16 @@ def save_image(path, pixels):
 
 
 def read_json(path):
-    """Read a dictionary from a JSON file. Raises InputError if the file holds anything else."""
+    """Read a dictionary from a JSON file, or raise InputError."""
     try:
         return dict(json.loads(path.read_text()))
     except Exception as error:
-        raise InputError(f"{path}: not a JSON dictionary ({error}); write it again") from None
+        raise InputError(f"{path}: not a JSON dictionary ({error}); repair it") from None
 
 
 def start_process():
-    """Return rank, number of processes and device as torchrun sets them; let Ctrl-C end in one sentence."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; the same command goes on where it was"))
+    """Return rank, world size and device, as torchrun sets them; make Ctrl-C exit cleanly."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; run the same command to continue"))
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     gpus, device = torch.cuda.device_count(), torch.device("cpu")
     if gpus and local >= gpus:
@@ -386,53 +380,53 @@ def start_process():
 
 
 def claim_folder(folder, note, record, rank):
-    """Write what a folder is to hold, `record`, into the JSON file `note`, or go on with a folder begun so.
+    """Write `record`, which describes the folder, to the JSON file `note`, in process 0.
 
-    Process 0 writes, the others wait. Raises InputError if there are files, and a record of anything else.
+    Raises InputError if the folder holds files and `note` is missing or differs beyond num_samples.
     """
     def same():
         return note.exists() and read_json(note) | {"num_samples": 0} == record | {"num_samples": 0}
     if rank == 0:
         if any(folder.glob("[!.]*")) and not same():
-            raise InputError(f"--out {folder}: holds files made otherwise (see {note}); use another folder")
+            raise InputError(f"--out {folder}: holds other files (see {note}); use another folder")
         with replacing(note) as file:
             file.write(json.dumps(record, indent=1).encode())
-    while not same():                           # if process 0 refuses, torchrun ends the others
+    while not same():                           # if process 0 fails, torchrun ends the others
         time.sleep(0.2)
 
 
 # ------------------------------ encoding a data set
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
-EMPTY = 2 ** 16 - 1                             # stands in codes.npy where nothing is encoded yet
+EMPTY = 2 ** 16 - 1                             # in codes.npy: not encoded yet
 
 
 def list_images(root):
-    """List an ImageFolder tree: sorted paths, labels, class names (sub-folders; a flat folder is one)."""
+    """List an ImageFolder tree: sorted paths, labels, class names. A flat folder is one class."""
     paths = sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True)
                    for name in names if name.lower().endswith(SUFFIXES))
     if not paths:
         raise InputError(f"{root}: no images; give a folder of {' '.join(SUFFIXES)} files or of such folders")
     stray = [path for path in paths if path.parent == root]
-    if stray and len(stray) < len(paths):       # they would become a class of their own
-        raise InputError(f"{stray[0]}: lies beside class folders; move it into one of them")
+    if stray and len(stray) < len(paths):       # their class is unclear
+        raise InputError(f"{stray[0]}: not in a class folder; move it into one")
     names = [root.resolve().name] * len(stray) or [path.relative_to(root).parts[0] for path in paths]
     classes, labels = np.unique(names, return_inverse=True)
     return paths, labels, classes.tolist()
 
 
 def read_pictures(rows, paths, args, title):
-    """Yield batches of rows, their pictures uint8 [B,size,size,3], and the rows that cannot be read.
+    """Yield each batch of rows, its pictures uint8 [B,size,size,3], and its unreadable rows.
 
-    Threads read the next batch in the meantime. Unreadable is an error, or with --skip-bad a black picture.
+    Threads read ahead. An unreadable file raises InputError or, with --skip-bad, gives a black picture.
     """
     bad = set()
     def read(i):
         try:
             return open_image(paths[i], args.size)
-        except Exception as error:              # Pillow raises a dozen kinds
+        except Exception as error:              # Pillow raises many kinds
             if not args.skip_bad:
-                raise InputError(f"{paths[i]}: cannot be read ({error}); --skip-bad leaves it out") from None
+                raise InputError(f"{paths[i]}: unreadable ({error}); repair it or use --skip-bad") from None
             tqdm.write(f"skipped {paths[i]}: cannot be read ({error})")
             bad.add(i)
             return np.zeros((args.size, args.size, 3), np.uint8)
@@ -447,7 +441,7 @@ def read_pictures(rows, paths, args, title):
 
 
 def crop_reference(args, paths):
-    """Crop this process's share of the reference pictures as the training pictures, if that is not done."""
+    """Crop this process's share of the missing reference pictures like the training pictures."""
     targets = [args.out / "reference" / f"{i:06d}.png" for i in range(len(paths))]
     todo = [i for i in range(args.rank, len(paths), args.world) if not targets[i].exists()]
     for rows, pixels, bad in read_pictures(todo, paths, args, "crop the reference"):
@@ -457,23 +451,25 @@ def crop_reference(args, paths):
 
 
 def open_arrays(args, labels, side):
-    """Open codes.npy, codes_flip.npy and labels.npy for writing. Process 0 makes them, the others wait."""
+    """Open codes.npy, codes_flip.npy and labels.npy for writing; process 0 creates them."""
     blank = np.broadcast_to(np.uint16(EMPTY), (len(labels), side, side))
     arrays = {"codes.npy": blank} | ({"codes_flip.npy": blank} if args.flip else {}) | {"labels.npy": labels}
-    for name, array in arrays.items():          # in their full size: a full disk shows at once
+    for name, array in arrays.items():          # in full size: a full disk shows at once
         if args.rank == 0 and not (args.out / name).exists():
             with replacing(args.out / name) as file:
                 np.save(file, array)
-    while not (args.out / "labels.npy").exists():
+    while not (args.out / "labels.npy").exists():           # the last one
         time.sleep(0.2)
     return [np.load(args.out / name, mmap_mode="r+") for name in arrays]
 
 
 def encode_folder(args, vq, device):
-    """Encode args.images into the data directory args.out: this process's share of the rows still EMPTY."""
+    """Encode this process's share of args.images into args.out: the rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
-    reference, crops = args.reference and str(args.reference.resolve()), []
-    if args.reference and not zipfile.is_zipfile(args.reference):  # an .npz stays as it is
+    reference, crops = None, []
+    if args.reference and zipfile.is_zipfile(args.reference):   # an .npz, used as it is
+        reference = str(args.reference.resolve())
+    elif args.reference:
         reference, crops = "reference", list_images(args.reference)[0]
     names = repr([path.relative_to(args.images) for path in paths] + crops)
     meta = dict(tokenizer=str(args.vq.resolve()), image_size=args.size, classes=classes, reference=reference,
@@ -484,7 +480,7 @@ def encode_folder(args, vq, device):
     *maps, labels = open_arrays(args, labels, args.size // vq.factor)
     todo = [i for i in range(args.rank, len(paths), args.world) if any((c[i] == EMPTY).any() for c in maps)]
     for rows, pixels, bad in read_pictures(todo, paths, args, "encode"):
-        labels[bad] = -1                        # before their rows count as done
+        labels[bad] = -1                        # before their codes replace EMPTY
         x = from_pixels(torch.from_numpy(pixels).to(device))  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
             codes[rows] = vq.encode(images).cpu().numpy()
@@ -505,31 +501,31 @@ def reconstruct(args, vq, device):
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description="Encode images into codes, or look at reconstructions.")
+    parser = argparse.ArgumentParser(description="Encode images into codes, or reconstruct images.")
     add = parser.add_argument
-    add("images", nargs="?", type=Path, help="ImageFolder tree to encode: a sub-folder for each class")
-    add("--vq", type=Path, required=True, help="tokenizer: vq-f8's file, LlamaGen's or this project's")
+    add("images", nargs="?", type=Path, help="ImageFolder tree to encode: one sub-folder per class")
+    add("--vq", type=Path, required=True, help="tokenizer: vq-f8, LlamaGen's or this project's")
     add("--out", type=Path, help="folder to write; default with --reconstruct: reconstructions")
     add("--size", type=int, default=256, help="side of the centre crop in pixels")
     add("--flip", action="store_true", help="also store the codes of the mirrored images")
-    add("--reference", type=Path, help="images, or ADM's .npz, for fid.py to compare with")
+    add("--reference", type=Path, help="reference for fid.py: folder of images, or ADM's .npz")
     add("--reconstruct", nargs="+", type=Path, metavar="IMAGE", help="reconstruct these instead")
-    add("--batch-size", type=int, default=32, help="images a process encodes at once")
+    add("--batch-size", type=int, default=32, help="images per process and batch")
     add("--num-workers", type=int, default=min(8, os.cpu_count()), help="threads that read images")
-    add("--skip-bad", action="store_true", help="leave out files that cannot be read, and name them")
+    add("--skip-bad", action="store_true", help="skip unreadable files, and print their names")
     args = parser.parse_args()
     if args.batch_size < 1 or args.num_workers < 1:
         parser.error("--batch-size and --num-workers must be at least 1")
     if bool(args.images) == bool(args.reconstruct) or args.images and not args.out:
-        parser.error("give either IMAGES and --out, to encode them, or --reconstruct IMAGE...")
+        parser.error("give either IMAGES and --out to encode, or --reconstruct IMAGE...")
     if args.reconstruct and (args.flip or args.reference or args.skip_bad):
-        parser.error("--reconstruct does not go with --flip, --reference or --skip-bad")
+        parser.error("--reconstruct cannot be used with --flip, --reference or --skip-bad")
     args.rank, args.world, device = start_process()
     vq = load_vq(args.vq).to(device)
     if len(vq.codebook) > EMPTY:
-        raise InputError(f"--vq {args.vq}: has {len(vq.codebook)} codes; codes.npy holds at most {EMPTY}")
+        raise InputError(f"--vq {args.vq}: has {len(vq.codebook)} codes; use one with at most {EMPTY}")
     if args.size <= 0 or args.size % vq.factor:
-        raise InputError(f"--size {args.size}: must be a multiple of {vq.factor}, the pixels of a code")
+        raise InputError(f"--size {args.size}: must be a positive multiple of {vq.factor} pixels")
     if args.images:
         encode_folder(args, vq, device)
     elif args.rank == 0:

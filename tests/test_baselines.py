@@ -325,3 +325,9 @@ def test_the_posterior_holds_log2_k_bits_if_uniform_and_0_if_one_hot(scale, bits
     pi = Purrception(net, torch.randn(32, 4)).posterior(z, t, y)
     entropy = torch.special.entr(pi).sum(3) / math.log(2)
     assert entropy.shape == (2, 1, 1) and (entropy - bits).abs().max() < 1e-5
+
+
+def test_a_code_of_probability_zero_is_never_picked():
+    pi = torch.tensor([[0.0, 0.5, 0.5, 0.0]]).expand(4, -1)
+    uniform = torch.tensor([0.0, 0.25, 0.5, 1 - 2 ** -24])
+    assert flow.pick(pi, uniform).flatten().tolist() == [1, 1, 2, 2]

@@ -91,7 +91,7 @@ def refusal(path):
     return message
 
 
-# ------------------------------------------------------------------------ the network
+# ------------------------------ the network
 
 @pytest.mark.parametrize("config, parameters", [
     (dict(), 67_717_295),                                                # vq-f8
@@ -166,7 +166,7 @@ def test_images_are_encoded_without_tf32_and_the_setting_comes_back():
         assert seen == [False] and torch.backends.cudnn.allow_tf32
 
 
-# ------------------------------------------------------------------------ nearest codes
+# ------------------------------ nearest codes
 
 def brute_force(z, E):
     return torch.stack([(row - E.double()).square().sum(1).argmin() for row in z.double()])
@@ -243,7 +243,7 @@ def test_the_network_runs_in_float64(tiny):
     torch.testing.assert_close(twin.decode(codes).float(), image, atol=1e-5, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------ readers
+# ------------------------------ readers
 
 # CompVis's names and LlamaGen's, in turn, for the three levels of FOREIGN. Names not listed are the same.
 NAMES = """
@@ -361,7 +361,7 @@ def test_a_compressed_archive_gives_its_weights_or_is_refused(tiny, tiny_file, t
         assert same_weights(vq.load_vq(tmp_path / "a.pt"), tiny)
 
 
-# ------------------------------------------------------------------------ unsafe files
+# ------------------------------ unsafe files
 
 class Asks:
     """Pickle as a call of function(*args)."""
@@ -443,7 +443,7 @@ def test_an_archive_behind_a_legacy_pickle_does_not_hide_it(tiny_file, tmp_path)
     assert not (tmp_path / "executed").exists()
 
 
-# ------------------------------------------------------------------------ damaged files
+# ------------------------------ damaged files
 
 @ZIPPED
 def test_a_truncated_file_is_refused_whatever_its_length(zipped, tiny, tmp_path):
@@ -532,7 +532,7 @@ def test_a_config_that_describes_no_network_is_refused(change, tiny, tmp_path):
     refusal(save(own(tiny, TINY | change), tmp_path / "a.pt"))
 
 
-# ------------------------------------------------------------------------ pictures
+# ------------------------------ pictures
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -623,7 +623,7 @@ def test_a_sheet_shows_every_picture_in_its_place():
         assert np.array_equal(page[row * 6 + 1:row * 6 + 5, column * 8 + 1:column * 8 + 7], pixels[i])
 
 
-# ------------------------------------------------------------------------ writing files
+# ------------------------------ writing files
 
 @contextlib.contextmanager
 def full_disk(size):
@@ -674,7 +674,7 @@ def test_a_file_in_the_place_of_a_folder_is_one_sentence(below, tmp_path):
     assert (tmp_path / "file").read_text() == "old"
 
 
-# ------------------------------------------------------------------------ encoding a data set
+# ------------------------------ encoding a data set
 
 SIZE = 32
 BAD = "bee/0.jpg"                                          # row 4, in the second batch of three
@@ -812,10 +812,11 @@ def test_no_code_may_be_the_one_that_means_empty(n_embed, fits, run, images, tmp
 # What a killed run leaves: the rows that are EMPTY in codes.npy, those in codes_flip.npy, and missing files.
 EVERY, NONE = np.s_[:], np.s_[:0]
 STATES = {
-    "note": (EVERY, EVERY, ARRAYS), "codes": (EVERY, EVERY, ARRAYS[1:]), "unlabelled": (EVERY, EVERY, ARRAYS[2:]),
-    "half": (np.s_[3:], np.s_[3:], ()), "flip missing": (NONE, np.s_[3:6], ()),
-    "row cut": (np.s_[4, 2:], NONE, ()), "one entry": (np.s_[10, 3, 3], NONE, ()),
-    "other process": (np.s_[1::2], np.s_[1::2], ()), "done": (NONE, NONE, ())}
+    "note": (EVERY, EVERY, ARRAYS), "codes": (EVERY, EVERY, ARRAYS[1:]),
+    "unlabelled": (EVERY, EVERY, ARRAYS[2:]), "half": (np.s_[3:], np.s_[3:], ()),
+    "flip missing": (NONE, np.s_[3:6], ()), "row cut": (np.s_[4, 2:], NONE, ()),
+    "one entry": (np.s_[10, 3, 3], NONE, ()), "other process": (np.s_[1::2], np.s_[1::2], ()),
+    "done": (NONE, NONE, ())}
 
 
 @pytest.mark.parametrize("state", STATES)
@@ -861,6 +862,20 @@ def test_two_processes_write_the_bytes_of_one(run, images, copied, tiny_file, tm
     errors = [process.communicate(timeout=120)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_a_process_takes_rows_by_their_number_whatever_others_have_done(run, images, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    run(images, "--out", whole)
+    shutil.copytree(whole, out)
+    codes = np.load(out / "codes.npy", mmap_mode="r+")
+    codes[1:] = vq.EMPTY
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, left in (1, [2, 4, 6, 8, 10]), (0, []):
+        monkeypatch.setenv("RANK", str(rank))
+        run(images, "--out", out)
+        assert np.flatnonzero((codes == vq.EMPTY).any((1, 2))).tolist() == left
+    assert contents(out) == contents(whole)
 
 
 def test_an_interrupted_run_goes_on_and_repeats_nothing(run, images, tiny, tmp_path, encoded):
@@ -955,7 +970,7 @@ def test_a_full_disk_shows_before_anything_is_encoded(count, size, run, images, 
     assert contents(tmp_path / "out").keys() == {"meta.json"} and not encoded
 
 
-# ------------------------------------------------------------------------ reference pictures
+# ------------------------------ reference pictures
 
 def test_reference_pictures_are_cropped_as_the_training_pictures_are(run, images, tmp_path):
     run(images / "ant", "--out", tmp_path / "out", "--reference", images)
@@ -1015,7 +1030,7 @@ def test_a_reference_of_which_nothing_is_readable_is_refused(run, copied, images
         run(images, "--out", tmp_path / "out", "--reference", copied, "--skip-bad")
 
 
-# ------------------------------------------------------------------------ reconstructions
+# ------------------------------ reconstructions
 
 def test_reconstruct_writes_both_pictures_and_prints_their_psnr(run, images, tiny, tmp_path, capsys):
     run("--reconstruct", images / "ant" / "0.png", images / BAD, "--out", tmp_path)
@@ -1044,7 +1059,7 @@ def test_reconstruct_does_not_advise_a_flag_that_it_refuses(run, tmp_path):
     assert "--skip-bad" not in str(caught.value)
 
 
-# ------------------------------------------------------------------------ command line
+# ------------------------------ command line
 
 def test_folders_without_classes_that_make_sense_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
