@@ -374,6 +374,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
     W = weight.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K,D]
     b = bias.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K]
     G, K, _ = W.shape
+    space = rows.new_empty(min(len(rows), max(1, CHUNK // K)), K)   # one buffer spares malloc's holes
     ce, z_part = torch.zeros(2, dtype=exact, device=h.device)
     if wanted:
         dh = torch.zeros_like(rows, dtype=exact)
@@ -384,7 +385,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
         for some, g in chunks(len(rows), G, K):
             x = rows[some]                                  # [n,D]
             c = target[some, g, None]                       # [n,1]
-            logits = F.linear(x, W[g], b[g]).to(exact)      # [n,K]
+            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)]).to(exact)     # [n,K]
             top = logits.amax(1, keepdim=True)
             logit_c = logits.gather(1, c)
             pi = torch.softmax(logits, 1, out=logits)       # in place

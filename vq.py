@@ -195,11 +195,11 @@ class VQ(nn.Module):
 
 def nearest_code(z, E):
     """Find argmin_k |z - e_k| for every row of z [N,d] among the rows of E [K,d]: int64 [N]."""
-    step = max(1, 2 ** 22 // len(E))            # at most 2^22 distances at a time
+    e2, step = E.square().sum(1), max(1, 2 ** 18 // len(E))     # 1 MiB of distances stays in the cache
     codes = torch.empty(len(z), dtype=torch.long, device=z.device)
     with torch.autocast(z.device.type, enabled=False):      # float32 island: bf16 changes codes
         for i in range(0, len(z), step):        # without |z|^2, the same for all k
-            distances = torch.addmm(E.square().sum(1), z[i:i + step], E.T, alpha=-2)
+            distances = torch.addmm(e2, z[i:i + step], E.T, alpha=-2)
             codes[i:i + step] = distances.argmin(1)
     return codes
 
@@ -227,8 +227,10 @@ def read_checkpoint(path):
     stubs = {}
     while True:
         try:
+            entries = zipfile.ZipFile(path).infolist() if zipfile.is_zipfile(path) else []
+            stored = len(entries) > 0 and not any(entry.compress_type for entry in entries)
             with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
-                return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                return torch.load(path, "cpu", weights_only=True, mmap=stored)
         except Exception as error:              # a damaged file fails in many ways
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked[1] if asked else ""
@@ -344,6 +346,9 @@ def replacing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             yield file
+            end = file.tell()
+        if partial.stat().st_size < end:        # numpy does not report that its last bytes did not fit
+            raise OSError("the disk is full")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error})") from None
@@ -426,7 +431,8 @@ def read_pictures(rows, paths, args, title):
             return open_image(paths[i], args.size)
         except Exception as error:              # Pillow raises many kinds
             if not args.skip_bad:
-                raise InputError(f"{paths[i]}: unreadable ({error}); repair it or use --skip-bad") from None
+                advice = "use another" if args.reconstruct else "repair it or use --skip-bad"
+                raise InputError(f"{paths[i]}: unreadable ({error}); {advice}") from None
             tqdm.write(f"skipped {paths[i]}: cannot be read ({error})")
             bad.add(i)
             return np.zeros((args.size, args.size, 3), np.uint8)
