@@ -46,7 +46,7 @@ LABELS = {"inception": "FID on Inception features",
 
 
 class InputError(SystemExit):
-    """Report a wrong file or flag. Uncaught, it ends the script with its message and exit code 1."""
+    """Name a wrong file or flag, and end the script with exit code 1."""
 
 
 # ------------------------------ the network

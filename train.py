@@ -40,13 +40,11 @@ from model import SIZES, DiT
 from vq import (InputError, decode_pixels, load_vq, read_checkpoint, read_json, replacing, save_image, sheet,
                 start_process)
 
-HERE = Path(__file__).resolve().parent
-
 
 # ------------------------------ data
 
 class Data(NamedTuple):
-    """A data directory: codes and their mirrored twins, uint16 [N,h,w], memory-mapped; labels [N]."""
+    """A data directory: codes and mirrored twins uint16 [N,h,w], on disk; labels [N]."""
 
     path: Path
     meta: dict
@@ -329,7 +327,7 @@ def flags():
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     count, whole = number(int, 1), number(int, 0)
     positive, real, share = number(float, 1e-12), number(float, 0), number(float, 0, 1)
-    add("--data", default=str(HERE / "demo"), help="data directory")
+    add("--data", default=str(Path(__file__).with_name("demo")), help="data directory")
     add("--name", help="name of the run, in runs/NAME; None: the first free number")
     add("--resume", action="store_true", help="continue the run --name, or the newest run")
     add("--objective", default="purrception", choices=OBJECTIVES, help="the paper's method or a baseline")

@@ -11,7 +11,6 @@ LlamaGen's vq_ds8_c2i.pt, and the files this project trains.
     python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt          original | reconstruction
 
 References: VQGAN (arXiv 2012.09841); CompVis/latent-diffusion; FoundationVision/LlamaGen.
-
 Shapes: B batch, H W pixels, h w grid of codes, K codes, d code dimension, C channels.
 """
 import argparse
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 
 class InputError(SystemExit):
-    """Report a wrong file or flag. Uncaught, it ends a script with its message and exit code 1."""
+    """Name a wrong file or flag, and end the script with exit code 1."""
 
 
 # ------------------------------ the network
@@ -266,7 +265,7 @@ def config_of(state):
 
 
 def load_vq(path):
-    """Load a tokenizer as a frozen VQ in eval mode, in float32 on the CPU.
+    """Load a tokenizer as a frozen VQ in eval mode, float32, on the CPU.
 
     path: vq-f8's model.ckpt, LlamaGen's vq_ds8_c2i.pt, or {"config": arguments of VQ, "state_dict": tensors}.
     Raises InputError for other, damaged or unsafe files.
@@ -347,7 +346,7 @@ def replacing(path):
         with open(partial, "wb") as file:
             yield file
             end = file.tell()
-        if partial.stat().st_size < end:        # numpy does not report that its last bytes did not fit
+        if partial.stat().st_size < end:        # which numpy does not report
             raise OSError("the disk is full")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError
@@ -496,13 +495,13 @@ def encode_folder(args, vq, device):
 
 def reconstruct(args, vq, device):
     """Write original | reconstruction of each picture, and print its PSNR in dB."""
-    for rows, pixels, _ in read_pictures(range(len(args.reconstruct)), args.reconstruct, args, "reconstruct"):
-        decoded = decode_pixels(vq, vq.encode(from_pixels(pixels).to(device))).numpy()
-        for i, original, again in zip(rows, pixels, decoded):
-            mse = np.square(original.astype(float) - again).mean()
-            target = (args.out or Path("reconstructions")) / f"{i:03d}-{args.reconstruct[i].stem}.png"
-            save_image(target, sheet([original, again], columns=2))
-            print(f"{target}: PSNR {10 * math.log10(255 ** 2 / mse) if mse else math.inf:.2f} dB")
+    args.batch_size = 1                         # rounding depends on the batch
+    for (i,), original, _ in read_pictures(range(len(args.reconstruct)), args.reconstruct, args, "decode"):
+        again = decode_pixels(vq, vq.encode(from_pixels(original).to(device))).numpy()
+        mse = np.square(original.astype(float) - again).mean()
+        target = (args.out or Path("reconstructions")) / f"{i:03d}-{args.reconstruct[i].stem}.png"
+        save_image(target, sheet([*original, *again], columns=2))
+        print(f"{target}: PSNR {10 * math.log10(255 ** 2 / mse) if mse else math.inf:.2f} dB")
 
 
 @torch.inference_mode()
@@ -522,10 +521,9 @@ def main():
     args = parser.parse_args()
     if args.batch_size < 1 or args.num_workers < 1:
         parser.error("--batch-size and --num-workers must be at least 1")
-    if bool(args.images) == bool(args.reconstruct) or args.images and not args.out:
-        parser.error("give either IMAGES and --out to encode, or --reconstruct IMAGE...")
-    if args.reconstruct and (args.flip or args.reference or args.skip_bad):
-        parser.error("--reconstruct cannot be used with --flip, --reference or --skip-bad")
+    encoding = args.images or args.flip or args.reference or args.skip_bad
+    if bool(encoding) == bool(args.reconstruct) or encoding and not (args.images and args.out):
+        parser.error("give IMAGES, --out, and --flip, --reference, --skip-bad; or --reconstruct IMAGE...")
     args.rank, args.world, device = start_process()
     vq = load_vq(args.vq).to(device)
     if len(vq.codebook) > EMPTY:

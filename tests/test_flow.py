@@ -209,7 +209,6 @@ def test_no_gradients_are_formed_when_none_are_wanted():
         frozen = linear_cross_entropy(*[x.detach() for x in inputs], target)[0]
     assert frozen.equal(loss.detach()) and not frozen.requires_grad
     assert not of_gradients & without.names
-    assert len(without.names) < len(with_gradients.names)
 
 
 def test_huge_logits_stay_finite():
