@@ -62,7 +62,7 @@ class Conv(nn.Module):
 
 
 class Branches(nn.ModuleDict):
-    """Concatenate the outputs of all branches on the channel axis."""
+    """Concatenate the branches' outputs on the channel axis."""
 
     def forward(self, x):
         return torch.cat([branch(x) for branch in self.values()], 1)
@@ -122,7 +122,7 @@ class InceptionV3(nn.Module):
     """Compute FID's features: uint8 images [B,3,H,W] of any size to float32 [B,2048].
 
     This is not torchvision's network: average pools exclude the padding, the last block has a max pool, and
-    fc, which the features do not use, has 1008 classes.
+    fc, unused, has 1008 classes.
     """
 
     def __init__(self):
@@ -171,7 +171,7 @@ class InceptionV3(nn.Module):
 
 
 def resize(x, size=299):
-    """Interpolate [B,C,H,W] linearly as TensorFlow 1 does: output row i is at input row i * H / size.
+    """Interpolate [B,C,H,W] linearly as TensorFlow 1: output row i is at input row i * H / size.
 
     There is no half-pixel shift and no antialiasing.
     """
@@ -339,7 +339,7 @@ def recorded(samples):
 
 
 def compare(args):
-    """Measure both sets. Returns distance, kind of features, reference and both counts."""
+    """Measure both sets: distance, kind of features, reference, both counts."""
     record = recorded(args.samples)
     features = args.features or record.get("features", "inception")
     reference = args.ref or record.get("reference")
@@ -370,7 +370,7 @@ def compare(args):
     for path, n in ((args.samples, n1), (reference, n2)):
         if n and n < len(mu1):
             print(f"Warning: {n} images ({path}) are fewer than {len(mu1)} features; the covariance is "
-                  "singular and the number biased. Compare it at equal counts only.", file=sys.stderr)
+                  "singular and the number biased. Compare equal counts only.", file=sys.stderr)
     return value, features, reference, n1, n2
 
 

@@ -136,8 +136,9 @@ class Block(nn.Module):
     def forward(self, x, c):                    # x [B,N,D], c [B,D]
         parts = self.adaLN_modulation(c).unsqueeze(1).chunk(6, 2)  # [B,1,D] each
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        # x + gate * ..., in less memory
+        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
+        x = torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
         return x
 
 

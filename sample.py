@@ -7,7 +7,7 @@
 
 Image i depends only on the checkpoint, the flags and (seed, i), in bf16 up to rounding: it has its own noise,
 and classes are used in turn. So one process or eight make the same images, and an interrupted run goes on.
-samples.json, beside samples/, records how they were made; samples.png is a contact sheet.
+samples.json records how they were made; samples.png is a contact sheet.
 """
 import argparse
 import time
@@ -22,7 +22,7 @@ from train import (bf16_is_fast, build, load_weights, newest_run, number, open_d
                    seeded)
 from vq import InputError, claim_folder, decode_pixels, replacing, save_image, sheet, start_process
 
-SHOWN = 100                                     # images on the contact sheet
+SHOWN = 100                                     # images on the sheet
 
 
 def load_run(path, device, data=None):

@@ -352,7 +352,7 @@ def replacing(path):
     except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error})") from None
     finally:
-        with contextlib.suppress(OSError):      # it is gone if all went well
+        with contextlib.suppress(OSError):      # gone if all went well
             partial.unlink()
 
 
@@ -363,7 +363,7 @@ def save_image(path, pixels):
 
 
 def read_json(path):
-    """Read a dictionary from a JSON file, or raise InputError."""
+    """Read a JSON dictionary, or raise InputError."""
     try:
         return dict(json.loads(path.read_text()))
     except Exception as error:
