@@ -161,11 +161,12 @@ class Purrception(nn.Module):
     def nearest(self, z):
         """Find the nearest codes, argmin_k |z - e_k|, of z [B,d,h,w]: [B,h,w]."""
         E = self.codebook
+        e2 = E.square().sum(1)
         rows = z.movedim(1, -1).flatten(0, 2)   # [Bhw,d]
         codes = rows.new_empty(len(rows), dtype=torch.long)
         with torch.autocast(z.device.type, enabled=False):  # float32 island: distances
             for some, _ in chunks(len(rows), 1, len(E)):    # without |z|^2, the same for all k
-                distances = torch.addmm(E.square().sum(1), rows[some], E.T, alpha=-2)
+                distances = torch.addmm(e2, rows[some], E.T, alpha=-2)
                 codes[some] = distances.argmin(1)
         return codes.view(len(z), *z.shape[2:])
 
@@ -263,7 +264,7 @@ class DFM(Purrception):
 def pick(pi, uniform):
     """Draw codes [n,1] from pi [n,K]: the first whose running total exceeds uniform [n]."""
     total = pi.cumsum(1)
-    goal = uniform[:, None] * total[:, -1:]                 # the last total is 1 up to rounding
+    goal = uniform[:, None] * total[:, -1:]  # the last total is 1 up to rounding
     return torch.searchsorted(total, goal, right=True)
 
 
@@ -385,7 +386,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
         for some, g in chunks(len(rows), G, K):
             x = rows[some]                                  # [n,D]
             c = target[some, g, None]                       # [n,1]
-            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)]).to(exact)     # [n,K]
+            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)]).to(exact)  # [n,K]
             top = logits.amax(1, keepdim=True)
             logit_c = logits.gather(1, c)
             pi = torch.softmax(logits, 1, out=logits)       # in place
