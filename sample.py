@@ -5,6 +5,12 @@
     python sample.py --tau 0.9 --cfg-scale 2 --classes siamese calico 0 --num-samples 30 --out cats
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --cfg-scale 1.3 --npz
 
+Beyond the paper:
+
+    python sample.py --steps 10 --order 2           ten network calls instead of a hundred
+    python sample.py --from cat.jpg --start 0.5     variations of a picture, one for each class
+    python sample.py --from cat.jpg --keep 0 0 64 32 --resample 4           a new lower half
+
 Image i depends only on the checkpoint, the flags and (seed, i), in bf16 up to rounding: it has its own noise,
 and classes are used in turn. So one process or eight make the same images, and an interrupted run goes on.
 samples.json records how they were made; samples.png is a contact sheet.
@@ -20,7 +26,8 @@ from tqdm import tqdm
 
 from train import (bf16_is_fast, build, load_weights, newest_run, number, open_data, open_tokenizer, read_run,
                    seeded)
-from vq import InputError, claim_folder, decode_pixels, replacing, save_image, sheet, start_process
+from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image, replacing, save_image,
+                start_process)
 
 SHOWN = 100                                     # images on the sheet
 
@@ -51,19 +58,40 @@ def pick_classes(wanted, names):
     return [numbers[name] for name in wanted or names]
 
 
-def initial_noise(flow, indices, seed, device):
-    """Draw noise [B,d,h,w] for the images `indices` from (seed, i), the same on any device."""
-    return torch.cat([flow.prior(1, seeded("cpu", seed, i)) for i in indices]).to(device)
+def noise_source(flow, indices, seed, device):
+    """Make a function that draws noise [B,d,h,w] for the images `indices`, new at each call.
+
+    It depends on (seed, i) and the call alone, and is the same on any device.
+    """
+    generators = [seeded("cpu", seed, i) for i in indices]
+    return lambda: torch.cat([flow.prior(1, generator) for generator in generators]).to(device)
 
 
-def fill_folder(draw, args, rank, world):
+def encode_picture(args, vq, size, device):
+    """Encode the picture --from: its codes [1,h,w], and those inside --keep, -1 outside."""
+    pixels = open_image(args.picture, size)
+    codes = vq.encode(from_pixels(pixels[None]).to(device))
+    known = torch.full_like(codes, -1)
+    if args.keep:
+        x0, y0, x1, y1 = args.keep
+        if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
+            raise InputError(f"--keep {x0} {y0} {x1} {y1}: not a box X0 Y0 X1 Y1 in a picture of {size}x{size} "
+                             "pixels; give its left, top, right and bottom edge")
+        f = vq.factor
+        left, top, right, bottom = x0 // f, y0 // f, -(-x1 // f), -(-y1 // f)
+        known[:, top:bottom, left:right] = codes[:, top:bottom, left:right]
+        print(f"kept: pixels {left * f} {top * f} {right * f} {bottom * f}, whole codes of {f}x{f} pixels")
+    return codes, known
+
+
+def fill_folder(draw, tau, args, rank, world):
     """Make this process's share of the images missing in args.out."""
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     with tqdm(total=len(todo), unit=" images", desc="sample", disable=rank > 0) as bar:
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
-            for i, pixels in zip(batch, draw(batch)):
+            for i, pixels in zip(batch, draw(batch, tau)):
                 save_image(paths[i], pixels)
             bar.update(len(batch))
     return paths
@@ -74,7 +102,7 @@ def finish_folder(paths, args, columns):
     while not all(path.exists() for path in paths):
         time.sleep(0.5)
     shown = np.stack([np.asarray(Image.open(path)) for path in paths[:SHOWN]])
-    save_image(f"{args.out}.png", sheet(shown, columns))
+    save_image(f"{args.out}.png", shown, columns)
     if args.npz:
         with replacing(f"{args.out}.npz") as file:
             np.savez(file, arr_0=np.stack([np.asarray(Image.open(path)) for path in paths]))
@@ -82,27 +110,83 @@ def finish_folder(paths, args, columns):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description="Sample images from a checkpoint.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
+    parser = argparse.ArgumentParser(
+        description="Sample images from a checkpoint.", usage="%(prog)s [flags]",
+        formatter_class=lambda prog: argparse.ArgumentDefaultsHelpFormatter(prog, max_help_position=30))
+    add = parser.add_argument_group("what to sample").add_argument
     add("--ckpt", type=Path, help="checkpoint; None: that of the newest run")
     add("--data", help="data directory, if it has moved since training")
-    add("--tau", type=number(float, 1e-30), nargs="+",
-        help="temperature; None: 0.9 (dfm: 1); several: one sheet, a row each")
-    add("--cfg-scale", type=number(float, -1e9), default=1.0, help="guidance scale; 1: off")
-    add("--steps", type=number(int, 1), default=100, help="Euler steps, one network call each")
-    add("--num-samples", type=number(int, 1), default=256, help="images to make")
+    add("--num-samples", type=number(int, 1), default=256, metavar="N", help="images to make")
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names, used in turn; None: all")
     add("--seed", type=number(int, 0), default=0, help="seed of the noise")
     add("--out", type=Path, default="samples", help="folder for the PNG files")
-    add("--per-proc-batch-size", type=number(int, 1), default=64, help="images per process and batch")
     add("--npz", action="store_true", help="also write them to OUT.npz, for ADM's evaluator")
+    add = parser.add_argument_group("the paper's sampler").add_argument
+    add("--tau", type=number(float, 1e-30), nargs="+",
+        help="temperature; None: 0.9 (dfm: 1); several: one sheet, a row each")
+    add("--cfg-scale", type=number(float, -1e9), default=1.0, metavar="W", help="guidance scale; 1: off")
+    add("--steps", type=number(int, 1), default=100, metavar="T", help="steps, one network call each")
+    add = parser.add_argument_group("beyond the paper").add_argument
+    add("--order", type=int, choices=(1, 2), default=1, help="1: Euler steps; 2: ten are enough")
+    add("--cfg-interval", type=number(float, 0, 1.01), nargs=2, metavar=("LO", "HI"), default=[0, 1],
+        help="guide only at times t from LO to HI")
+    add("--from", dest="picture", help="start from this picture, cropped as vq.py does")
+    add("--start", type=number(float, 0, 1), default=0.0, metavar="t", help="time to start at; 0: noise")
+    add("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="box of its pixels to keep")
+    add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats of each step, to fit the box")
+    add = parser.add_argument_group("speed").add_argument
+    add("--per-proc-batch-size", type=number(int, 1), default=64, metavar="N", help="images in a batch")
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16 autocast; None: on a GPU that has it; off: images do not depend on the batch")
     args = parser.parse_args(argv)
     if args.npz and args.tau and len(args.tau) > 1:
         parser.error("--npz: give only one --tau")
+    if bool(args.picture) != bool(args.start or args.keep):
+        parser.error("--from needs --start above 0 or --keep, and they need --from")
+    if args.resample and not args.keep:
+        parser.error("--resample: needs --keep")
     return parser, args
+
+
+def check(parser, args, ckpt, settings):
+    """Exit with code 2 if the run cannot do what the flags ask for."""
+    if settings.objective == "dfm" and beyond(parser, args):
+        parser.error(f"{ckpt} was trained with --objective dfm, which takes no flags beyond the paper")
+    if settings.objective == "cfm" and args.tau:
+        parser.error(f"--tau: {ckpt} was trained with --objective cfm and has no posterior; leave --tau out")
+    if settings.label_dropout == 0 and args.cfg_scale != 1:
+        parser.error(f"--cfg-scale: {ckpt} was trained with --label-dropout 0; leave it at 1")
+
+
+def beyond(parser, args):
+    """Return the flags that go beyond the paper and are in use."""
+    names = "order", "cfg_interval", "picture", "start", "keep", "resample"
+    given = {name: getattr(args, name) for name in names}
+    return {name: value for name, value in given.items() if value != parser.get_default(name)}
+
+
+def drawer(flow, vq, args, settings, classes, size, device):
+    """Make a function that draws the images `indices` at tau: uint8 [B,size,size,3]."""
+    knobs = dict(steps=args.steps, cfg=args.cfg_scale)
+    if settings.objective != "dfm":
+        knobs |= dict(order=args.order, interval=args.cfg_interval)
+    if args.picture:
+        codes, known = encode_picture(args, vq, size, device)
+        knobs |= dict(start=args.start, known=known, resample=args.resample)
+
+    def draw(indices, tau):
+        y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
+        fresh = noise_source(flow, indices, args.seed, device)
+        how = dict(knobs, noise=fresh())
+        if tau is not None:
+            how["tau"] = tau
+        if args.picture:
+            t = torch.full((len(y),), args.start, device=device)
+            how |= dict(noise=flow.path(how["noise"], codes, t), fresh=fresh)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            sampled = flow.sample(y, **how)
+        return decode_pixels(vq, sampled)
+    return draw
 
 
 @torch.inference_mode()
@@ -111,37 +195,27 @@ def main(argv=None):
     rank, world, device = start_process()
     ckpt = args.ckpt or newest_run() / "ckpt.pt"
     flow, vq, data, settings, step = load_run(ckpt, device, args.data)
-    if settings.objective == "cfm" and args.tau:
-        parser.error(f"--tau: {ckpt} was trained with --objective cfm and has no posterior; leave --tau out")
-    if settings.label_dropout == 0 and args.cfg_scale != 1:
-        parser.error(f"--cfg-scale: {ckpt} was trained with --label-dropout 0; leave it at 1")
+    check(parser, args, ckpt, settings)
     classes = pick_classes(args.classes, data.meta["classes"])
     taus = args.tau or [{"purrception": 0.9, "dfm": 1.0, "cfm": None}[settings.objective]]
-    bf16 = device.type == "cuda" and bf16_is_fast(device) if args.bf16 is None else args.bf16
-
-    def draw(indices, tau=taus[0]):
-        y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-        noise = initial_noise(flow, indices, args.seed, device)
-        knobs = {} if tau is None else {"tau": tau}
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            codes = flow.sample(y, args.steps, cfg=args.cfg_scale, noise=noise, **knobs)
-        return decode_pixels(vq, codes)
-
+    if args.bf16 is None:
+        args.bf16 = device.type == "cuda" and bf16_is_fast(device)
+    draw = drawer(flow, vq, args, settings, classes, data.meta["image_size"], device)
     if len(taus) > 1:
         if rank == 0:
             shown = range(min(args.num_samples, 10))
             rows = [draw(shown, tau) for tau in tqdm(taus, "temperatures")]
-            save_image(f"{args.out}-temperatures.png", sheet(torch.cat(rows), len(shown)))
+            save_image(f"{args.out}-temperatures.png", torch.cat(rows), len(shown))
             print(f"{args.out}-temperatures.png")
         return
     reference = data.meta.get("reference")
     record = dict(
         ckpt=str(ckpt.resolve()), step=step, started=settings.started, data=str(data.path), tau=taus[0],
-        cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, bf16=bf16,
+        cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, bf16=args.bf16,
         num_samples=args.num_samples, reference=reference and str(data.path / reference),
-        features=data.meta.get("features", "inception"))
+        features=data.meta.get("features", "inception"), **beyond(parser, args))
     claim_folder(args.out, Path(f"{args.out}.json"), record, rank)
-    paths = fill_folder(draw, args, rank, world)
+    paths = fill_folder(draw, taus[0], args, rank, world)
     if rank == 0:
         finish_folder(paths, args, min(10, len(classes)))
 

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from flow import OBJECTIVES
 from model import SIZES, DiT
-from vq import (InputError, decode_pixels, load_vq, read_checkpoint, read_json, replacing, save_image, sheet,
+from vq import (InputError, decode_pixels, load_vq, read_checkpoint, read_json, replacing, save_image,
                 start_process)
 
 
@@ -304,8 +304,9 @@ def paint(flow, vq, args, path):
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.prior(len(y), seeded(device, args.seed))
     cfg = args.sample_cfg if args.label_dropout else 1.0    # else "no class" is untrained
-    codes = flow.sample(y, steps=50, cfg=cfg, noise=noise)
-    save_image(path, sheet(decode_pixels(vq, codes), columns))
+    few = dict(steps=50) if args.objective == "dfm" else dict(steps=10, order=2)
+    codes = flow.sample(y, cfg=cfg, noise=noise, **few)
+    save_image(path, decode_pixels(vq, codes), columns)
 
 
 # ------------------------------ command line

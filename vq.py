@@ -309,14 +309,23 @@ def decode_pixels(vq, codes):
 
 
 def open_image(path, size):
-    """Read a picture as uint8 [size,size,3]: upright, RGB, cropped as in openai/guided-diffusion (ADM)."""
-    with Image.open(path) as image:
-        image.load()
-        with contextlib.suppress(Exception):    # damaged EXIF data: do not rotate
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):          # 16 bits, which convert() clips to white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
+    """Read a picture as uint8 [size,size,3]: upright, RGB, cropped as in openai/guided-diffusion (ADM).
+
+    Raises InputError if it is unreadable.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            with contextlib.suppress(Exception):            # damaged EXIF data: do not rotate
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):      # 16 bits, which convert() clips to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return crop(image.convert("RGB"), size)
+    except Exception as error:                  # Pillow raises many kinds
+        raise InputError(f"{path}: unreadable ({error}); repair it or use another") from None
+
+
+def crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
@@ -356,10 +365,11 @@ def replacing(path):
             partial.unlink()
 
 
-def save_image(path, pixels):
-    """Write uint8 [H,W,3], tensor or array, as a PNG file."""
+def save_image(path, pixels, columns=None):
+    """Write uint8 [H,W,3], tensor or array, as a PNG file; [B,H,W,3] as a sheet of so many columns."""
+    pixels = sheet(pixels, columns) if columns else np.asarray(pixels)
     with replacing(path) as file:
-        Image.fromarray(np.asarray(pixels)).save(file, "PNG")
+        Image.fromarray(pixels).save(file, "PNG")
 
 
 def read_json(path):
@@ -428,11 +438,10 @@ def read_pictures(rows, paths, args, title):
     def read(i):
         try:
             return open_image(paths[i], args.size)
-        except Exception as error:              # Pillow raises many kinds
+        except InputError as error:
             if not args.skip_bad:
-                advice = "use another" if args.reconstruct else "repair it or use --skip-bad"
-                raise InputError(f"{paths[i]}: unreadable ({error}); {advice}") from None
-            tqdm.write(f"skipped {paths[i]}: cannot be read ({error})")
+                raise InputError(f"{error}, or --skip-bad" if args.images else error) from None
+            tqdm.write(f"skipped {error}")
             bad.add(i)
             return np.zeros((args.size, args.size, 3), np.uint8)
 
@@ -500,7 +509,7 @@ def reconstruct(args, vq, device):
         again = decode_pixels(vq, vq.encode(from_pixels(original).to(device))).numpy()
         mse = np.square(original.astype(float) - again).mean()
         target = (args.out or Path("reconstructions")) / f"{i:03d}-{args.reconstruct[i].stem}.png"
-        save_image(target, sheet([*original, *again], columns=2))
+        save_image(target, [*original, *again], columns=2)
         print(f"{target}: PSNR {10 * math.log10(255 ** 2 / mse) if mse else math.inf:.2f} dB")
 
 

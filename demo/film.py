@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import initial_noise, load_run, pick_classes  # noqa: E402
+from sample import load_run, noise_source, pick_classes  # noqa: E402
 from train import newest_run  # noqa: E402
 from vq import decode_pixels, save_image, sheet, start_process  # noqa: E402
 
@@ -84,7 +84,7 @@ def main(argv=None):
         parser.error(f"--ckpt: {ckpt} was trained with --objective {settings.objective}, which has no mean to show")
     classes = pick_classes(args.classes, data.meta["classes"])
     y = torch.tensor(classes if args.classes else classes[:3], device=device)
-    noise = initial_noise(flow, range(len(y)), args.seed, device)
+    noise = noise_source(flow, range(len(y)), args.seed, device)()
     save_image(args.out, film_strip(flow, vq, y, noise, args.steps, args.tau, args.cfg_scale))
     print(args.out)
 

@@ -36,7 +36,7 @@ sys.path.insert(0, str(HERE.parent))
 import fid  # noqa: E402
 import train  # noqa: E402
 from model import TimestepEmbedder  # noqa: E402
-from sample import initial_noise, load_run  # noqa: E402
+from sample import load_run, noise_source  # noqa: E402
 from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing, save_image, sheet,  # noqa: E402
                 start_process)
 
@@ -135,7 +135,7 @@ class Study:
         pictures = []
         for some in torch.arange(images or self.set.images).split(64):
             y = (some % flow.model.num_classes).to(self.device)
-            z = initial_noise(flow, some.tolist(), 0, self.device)
+            z = noise_source(flow, some.tolist(), 0, self.device)()
             with embedding_of(run.time_scale), self.autocast:
                 if power == 1:
                     codes = flow.sample(y, euler, noise=z, **({} if tau is None else {"tau": tau}))
@@ -234,7 +234,7 @@ def sweep_temperature(study, axes):
     axes.axhline(cfm, linestyle="--", color="grey", label="cfm, which has no tau")
     axes.set(xlabel="temperature tau", ylabel="Fréchet distance", yscale="log")
     rows = [study.samples(study.tuned(), study.marks[-1], tau, study.set.euler, images=10) for tau in taus]
-    save_image("temperatures.png", sheet(np.concatenate(rows), 10))
+    save_image("temperatures.png", np.concatenate(rows), 10)
     return lines
 
 

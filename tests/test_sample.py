@@ -18,8 +18,9 @@ import train
 from test_train import ROOT, torchrun
 
 sys.path.insert(0, str(ROOT / "demo"))
-import film
-from vq import InputError
+import film  # noqa: E402
+from flow import Purrception  # noqa: E402
+from vq import InputError, from_pixels, load_vq, open_image  # noqa: E402
 
 
 @pytest.fixture
@@ -103,6 +104,69 @@ def test_several_temperatures_make_one_sheet_with_the_same_noise_in_a_column(tra
         assert (page[34 * row + 1:34 * row + 33, 35:67] == make(f"t{tau}", "--tau", tau, n=4)[1]).all()
 
 
+# ------------------------------------------------------------------------ beyond the paper
+
+@pytest.fixture
+def picture(trained):
+    """A picture of another size than the data's, and its codes [1,4,4] as vq.py crops and encodes it."""
+    pixels = np.random.default_rng(7).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((70, 50), Image.BICUBIC).save("cat.png")
+    vq = load_vq("tiny_vq.pt")
+    return "cat.png", vq, vq.encode(from_pixels(open_image("cat.png", 32)[None]))
+
+
+def test_flags_beyond_the_paper_are_recorded_where_used_and_change_the_images(trained):
+    a = make("a", "--cfg-scale", 3)
+    assert not {"order", "cfg_interval", "picture", "start", "keep", "resample"} & set(json.loads(Path("a.json").read_text()))
+    b = make("b", "--cfg-scale", 3, "--order", 2)
+    c = make("c", "--cfg-scale", 3, "--cfg-interval", 0.9, 1)              # three steps: none is guided
+    assert (a != b).any() and (a != c).any() and (c == make("d")).all()
+    record = json.loads(Path("b.json").read_text())
+    assert record["order"] == 2 and "start" not in record
+    assert json.loads(Path("c.json").read_text())["cfg_interval"] == [0.9, 1.0]
+    with pytest.raises(InputError, match="--out b"):
+        make("b", "--cfg-scale", 3)
+
+
+def test_a_start_lies_on_the_path_from_the_noise_to_the_picture(trained, picture, monkeypatch):
+    path, _, codes = picture
+    seen = []
+    follow = Purrception.sample
+    monkeypatch.setattr(Purrception, "sample", lambda f, y, **how: seen.append((f, how)) or follow(f, y, **how))
+    a, b = make("a"), make("b", "--from", path, "--start", 0.25)
+    (f, plain), (_, how) = seen
+    assert how["start"] == 0.25 and "start" not in plain and (a != b).any()
+    torch.testing.assert_close(how["noise"], 0.75 * plain["noise"] + 0.25 * f.embed(codes))
+    assert json.loads(Path("b.json").read_text())["picture"] == path
+
+
+@pytest.mark.parametrize("flags", [(), ("--order", 2, "--start", 0.3), ("--resample", 2)])
+def test_the_codes_of_a_kept_box_stay_and_images_depend_on_their_index_alone(trained, picture, flags, monkeypatch, capsys):
+    path, _, codes = picture
+    drawn = []
+    decode = sample.decode_pixels
+    monkeypatch.setattr(sample, "decode_pixels", lambda vq, codes: drawn.append(codes) or decode(vq, codes))
+    a = make("a", "--from", path, "--keep", 0, 3, 32, 9, *flags)
+    assert "kept: pixels 0 0 32 16" in capsys.readouterr().out
+    assert drawn[0][:, :2].equal(codes[:, :2].expand(6, -1, -1))
+    assert not drawn[0][:, 2:].equal(codes[:, 2:].expand(6, -1, -1))
+    assert (a == make("b", "--from", path, "--keep", 0, 3, 32, 9, *flags, "--per-proc-batch-size", 4)).all()
+    Path("a/000001.png").unlink()
+    assert (a == make("a", "--from", path, "--keep", 0, 3, 32, 9, *flags)).all()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--from gone.png --start 0.5", "gone.png: unreadable"), ("--from tiny_vq.pt --start 0.5", "tiny_vq.pt: unreadable"),
+    ("--from cat.png --keep 0 0 33 8", "--keep 0 0 33 8: .*32x32"), ("--from cat.png --keep 8 0 8 8", "--keep 8 0 8 8"),
+    ("--from cat.png --keep -1 0 8 8", "--keep -1 0 8 8")])
+def test_a_picture_or_a_box_that_makes_no_sense_is_refused_in_a_sentence(trained, picture, flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        make("a", *flags.split())
+    assert "\n" not in str(error.value) and not Path("a").exists() and not Path("a.json").exists()
+
+
+# ------------------------------------------------------------------------ the film strip
+
 def test_the_film_strip_ends_where_z_and_mu_agree_with_the_sample(trained):
     film.main(["--out", "a.png", "--steps", "4", "--classes", "0", "1", "--tau", "0.9"])
     page = np.asarray(Image.open("a.png"))[14:]            # below the times
@@ -180,12 +244,19 @@ def test_the_baselines_train_and_sample_and_refuse_what_means_nothing_to_them(tr
         with pytest.raises(SystemExit) as error:
             make("c", "--ckpt", "runs/cfm/ckpt.pt", "--tau", 0.9)
         assert error.value.code == 2 and "--tau" in capsys.readouterr().err
+        make("c", "--ckpt", "runs/cfm/ckpt.pt", "--order", 2)
+    else:
+        with pytest.raises(SystemExit) as error:
+            make("c", "--ckpt", "runs/dfm/ckpt.pt", "--order", 2)
+        assert error.value.code == 2 and "beyond the paper" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags, message", [
     *((f"{flag} 0", f"{flag}: 0") for flag in ("--tau", "--steps", "--num-samples", "--per-proc-batch-size")),
     ("--tau 1e-42", "--tau: 1e-42"), ("--tau nan", "--tau: nan"), ("--cfg-scale nan", "--cfg-scale"), ("--seed -1", "--seed"),
-    ("--npz --tau 0.3 0.9", "--npz")])
+    ("--npz --tau 0.3 0.9", "--npz"), ("--order 3", "--order"), ("--cfg-interval 0.5 2", "--cfg-interval"),
+    ("--start 0.5", "--from"), ("--keep 0 0 8 8", "--from"), ("--from cat.png", "--start"), ("--from cat.png --start 1", "--start"),
+    ("--from cat.png --start -0.1", "--start"), ("--from cat.png --start 0.5 --resample 2", "--resample")])
 def test_flags_that_make_no_sense_exit_with_code_2_and_a_sentence(flags, message, capsys):
     with pytest.raises(SystemExit) as error:
         sample.main(flags.split())
