@@ -114,7 +114,7 @@ class Purrception(nn.Module):
         K = len(self.codebook)
         W = head.weight.to(h.dtype).split(K)
         b = head.bias.to(h.dtype).split(K)
-        for tokens, g in chunks(len(h), len(W), K):
+        for tokens, g in chunks(len(h), len(W), K, h.device):
             logits = F.linear(h[tokens], W[g], b[g])
             yield (tokens, g), at_least_float32(logits)
 
@@ -129,7 +129,7 @@ class Purrception(nn.Module):
         return to_grid(pi, p, z.shape[-2:])
 
     def mean(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute mu = sum_k pi_k e_k [B,d,h,w] at z [B,d,h,w]. One chunk of pi exists at a time."""
+        """Compute mu = sum_k pi_k e_k [B,d,h,w] at z [B,d,h,w], with one chunk of pi at a time."""
         p = self.model.patch_size
         E = self.codebook
         h = self.guided(z, t, y, cfg)
@@ -149,7 +149,7 @@ class Purrception(nn.Module):
     @torch.no_grad()
     def sample(self, y, steps=100, tau=0.9, cfg=1.0, noise=None, order=1, interval=(0, 1),
                start=0.0, known=None, resample=0, fresh=None):
-        """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w]: T Euler steps, T network calls.
+        """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w]: T Euler steps, T calls.
 
         The authors' release takes T - 1 steps and divides by 1 - t + 1e-6; here the last step lands
         on mu. The other arguments go beyond the paper:
@@ -189,7 +189,8 @@ class Purrception(nn.Module):
         rows = z.movedim(1, -1).flatten(0, 2)   # [Bhw,d]
         codes = rows.new_empty(len(rows), dtype=torch.long)
         with torch.autocast(z.device.type, enabled=False):  # float32 island: distances
-            for some, _ in chunks(len(rows), 1, len(E)):    # without |z|^2, the same for all k
+            for some, _ in chunks(len(rows), 1, len(E), z.device):
+                # without |z|^2, the same for all k
                 distances = torch.addmm(e2, rows[some], E.T, alpha=-2)
                 codes[some] = distances.argmin(1)
         return codes.view(len(z), *z.shape[2:])
@@ -314,7 +315,7 @@ def times(steps, start=0.0, resample=0):
 
 
 def back(z, t, earlier, noise):
-    """Go from z at time t back to an earlier time: z_earlier given z_t on the path, by fresh noise."""
+    """Go from z at time t back to an earlier time: draw z_earlier given z_t, with fresh noise."""
     ratio = earlier / t
     spread = math.sqrt((1 - earlier) ** 2 - (ratio * (1 - t)) ** 2)
     return ratio * z + spread * noise
@@ -353,9 +354,15 @@ def to_grid(x, p, grid):
 CHUNK = 2 ** 22    # logits at a time, 16 MiB in float32. From 32 MiB on, malloc maps new pages
 
 
-def chunks(N, G, K):
-    """Yield places of at most CHUNK logits: a slice of N tokens and one of G positions."""
-    step = max(1, CHUNK // K)
+def chunk_rows(K, device):
+    """Return how many rows of K logits to hold at a time. A GPU needs large products: 256 MiB."""
+    logits = 16 * CHUNK if device.type == "cuda" else CHUNK
+    return max(1, logits // K)
+
+
+def chunks(N, G, K, device):
+    """Yield places of one chunk of logits: a slice of N tokens and one of G positions."""
+    step = chunk_rows(K, device)
     for g in range(G):
         for i in range(0, N, step):
             yield slice(i, i + step), g
@@ -424,7 +431,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
     W = weight.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K,D]
     b = bias.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K]
     G, K, _ = W.shape
-    space = rows.new_empty(min(len(rows), max(1, CHUNK // K)), K)   # one buffer: less memory
+    space = rows.new_empty(min(len(rows), chunk_rows(K, h.device)), K)  # one buffer: less memory
     ce, z_part = torch.zeros(2, dtype=exact, device=h.device)
     if wanted:
         dh = torch.zeros_like(rows, dtype=exact)
@@ -432,7 +439,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
         db = torch.zeros_like(b, dtype=exact)
 
     with torch.autocast(h.device.type, enabled=False):
-        for some, g in chunks(len(rows), G, K):
+        for some, g in chunks(len(rows), G, K, h.device):
             x = rows[some]                                  # [n,D]
             c = target[some, g, None]                       # [n,1]
             logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)]).to(exact)  # [n,K]
@@ -443,12 +450,12 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
             ce += (lse - logit_c).sum()                     # -log pi_c
             z_part += z_weight * lse.square().sum()
             if wanted:
-                grad = pi.mul_(1 + 2 * z_weight * lse)
-                grad.scatter_add_(1, c, torch.full_like(lse, -1))
-                db[g] += grad.sum(0)
-                grad = grad.to(dtype)
-                dh[some] += grad @ W[g]
-                dW[g] += grad.T @ x
+                scale = 1 + 2 * z_weight * lse              # [n,1], applied to the smaller factors
+                pi.scatter_add_(1, c, -1 / scale)           # now scale * pi is the gradient
+                db[g] += (pi.T @ scale).squeeze(1)
+                pi = pi.to(dtype)
+                dh[some] += scale * (pi @ W[g])
+                dW[g] += pi.T @ (scale * x).to(dtype)
 
     gradients = None
     if wanted:

@@ -17,6 +17,7 @@ samples.json records how they were made; samples.png is a contact sheet.
 """
 import argparse
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from train import (bf16_is_fast, build, load_weights, newest_run, number, open_data, open_tokenizer, read_run,
-                   seeded)
+from train import (bf16_is_fast, build, compile_blocks, load_weights, newest_run, number, open_data, open_tokenizer,
+                   read_run, seeded)
 from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image, replacing, save_image,
                 start_process)
 
@@ -88,12 +89,15 @@ def fill_folder(draw, tau, args, rank, world):
     """Make this process's share of the images missing in args.out."""
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
-    with tqdm(total=len(todo), unit=" images", desc="sample", disable=rank > 0) as bar:
+    saved = []
+    with ThreadPoolExecutor(4) as pool, tqdm(total=len(todo), unit=" images", disable=rank > 0) as bar:
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
-            for i, pixels in zip(batch, draw(batch, tau)):
-                save_image(paths[i], pixels)
+            pixels = draw(batch, tau)
+            list(saved)                         # wait for the batch before, or raise its error
+            saved = pool.map(save_image, [paths[i] for i in batch], pixels)
             bar.update(len(batch))
+        list(saved)
     return paths
 
 
@@ -136,6 +140,7 @@ def parse(argv):
     add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats of each step, to fit the box")
     add = parser.add_argument_group("speed").add_argument
     add("--per-proc-batch-size", type=number(int, 1), default=64, metavar="N", help="images in a batch")
+    add("--compile", action="store_true", help="torch.compile the transformer's blocks")
     add("--bf16", action=argparse.BooleanOptionalAction,
         help="bf16 autocast; None: on a GPU that has it; off: images do not depend on the batch")
     args = parser.parse_args(argv)
@@ -200,6 +205,10 @@ def main(argv=None):
     taus = args.tau or [{"purrception": 0.9, "dfm": 1.0, "cfm": None}[settings.objective]]
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and bf16_is_fast(device)
+    if args.bf16:
+        flow.model.blocks.bfloat16()            # else autocast casts the weights anew in every call
+    if args.compile:
+        compile_blocks(flow.model)
     draw = drawer(flow, vq, args, settings, classes, data.meta["image_size"], device)
     if len(taus) > 1:
         if rank == 0:

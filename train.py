@@ -109,7 +109,18 @@ def batch_rows(N, B, seed, step):
 def load_batch(data, rows, mirror, device):
     """Load codes [B,h,w], mirrored where mirror [B] is true, and labels [B] of rows [B]: int64."""
     codes = np.where(mirror[:, None, None], data.twins[rows], data.codes[rows])
-    return [torch.from_numpy(x.astype(np.int64)).to(device) for x in (codes, data.labels[rows])]
+    batch = [torch.from_numpy(x.astype(np.int64)) for x in (codes, data.labels[rows])]
+    if device.type == "cuda":                   # from pinned memory, copies do not wait for the GPU
+        batch = [x.pin_memory() for x in batch]
+    return [x.to(device, non_blocking=True) for x in batch]
+
+
+def fetch(data, args, step, mine, device):
+    """Load a process's slice `mine` of the batch of a step."""
+    B = args.global_batch_size
+    rows = data.rows[batch_rows(len(data.rows), B, args.seed, step)[mine]]
+    mirror = np.random.default_rng((args.seed, step, 1)).random(B)[mine] < 0.5
+    return load_batch(data, rows, mirror, device)
 
 
 def seeded(device, *key):
@@ -140,6 +151,16 @@ def bf16_is_fast(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def compile_blocks(model):
+    """Compile a DiT block by block: one graph serves all, and gradients arrive one block at a time.
+
+    So DDP sums them up during the backward pass, without cutting graphs to that end.
+    """
+    torch._dynamo.config.optimize_ddp = False
+    for block in model.blocks:
+        block.compile()
 
 
 @torch.no_grad()
@@ -218,28 +239,27 @@ def train(args, data, vq, ckpt, run, rank, world, device):
     flow = build(args, data.meta, vq.codebook, data.codes.shape[1]).to(device)
     average = copy.deepcopy(flow).requires_grad_(False)     # the same method on averaged weights
     params = [p for p in flow.parameters() if p.requires_grad]
-    # eps is the paper's; the authors' release defaults to 1e-8
-    opt = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
+    opt = torch.optim.AdamW(params, args.lr, eps=1e-6, fused=True)      # the authors' release: eps 1e-8
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         pairs = (flow.model, ckpt["model"]), (average.model, ckpt["ema"]), (opt, ckpt["opt"])
         load_weights(run / "ckpt.pt", *pairs)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
-        flow.model.hidden = torch.compile(flow.model.hidden)
-    ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True) if world > 1 else flow
+        compile_blocks(flow.model)
+    ddp = flow if world == 1 else DistributedDataParallel(
+        flow, gradient_as_bucket_view=True, broadcast_buffers=False)
     log = open_log(run / "log.jsonl", start) if rank == 0 else None
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
     stop = []                                   # Ctrl-C or SIGTERM fill it: finish the step, save
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
     seen = seconds = 0                          # images and time since the last line of the log
+    codes, y = fetch(data, args, start, mine, device)
 
     for step in range(start, args.steps):
+        done = step + 1
         tick = time.perf_counter()
-        rows = data.rows[batch_rows(len(data.rows), B, args.seed, step)[mine]]
-        mirror = np.random.default_rng((args.seed, step, 1)).random(B)[mine] < 0.5
-        codes, y = load_batch(data, rows, mirror, device)
         noise = [x[mine] for x in flow.noise(B, seeded(device, args.seed, step))]
         stats = 0                               # means over the batch: loss, parts, whether to stop
         for i in range(0, share, b):
@@ -254,18 +274,18 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         if world > 1:
             dist.all_reduce(stats)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+        codes, y = fetch(data, args, done, mine, device)    # the next batch, while a GPU is at work
         *means, stopping = stats.tolist()
         if not math.isfinite(means[0] + grad_norm):
-            raise InputError(f"step {step + 1}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
+            raise InputError(f"step {done}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
                              "the last checkpoint with --resume and a smaller --lr")
-        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        lr = args.lr * min(1, done / max(1, args.warmup))
         for group in opt.param_groups:          # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
         opt.zero_grad()
         ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
         update_ema(average.model, flow.model, min(args.ema_decay, ramp))
-        done = step + 1
         bar.update()
         seen += B
         seconds += time.perf_counter() - tick   # without pictures and checkpoints
@@ -275,8 +295,7 @@ def train(args, data, vq, ckpt, run, rank, world, device):
             bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{seen / seconds:.0f}/s", refresh=False)
             seen = seconds = 0
         if rank == 0:
-            with autocast:
-                save_due(run, done, stopping, flow, average, opt, vq, args)
+            save_due(run, done, stopping, flow, average, opt, vq, args)
         if stopping:
             break
     if rank == 0:
@@ -305,7 +324,8 @@ def paint(flow, vq, args, path):
     noise = flow.prior(len(y), seeded(device, args.seed))
     cfg = args.sample_cfg if args.label_dropout else 1.0    # else "no class" is untrained
     few = dict(steps=50) if args.objective == "dfm" else dict(steps=10, order=2)
-    codes = flow.sample(y, cfg=cfg, noise=noise, **few)
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        codes = flow.sample(y, cfg=cfg, noise=noise, **few)
     save_image(path, decode_pixels(vq, codes), columns)
 
 
@@ -346,9 +366,9 @@ def flags():
     add("--label-dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="seed of weights, data order and noise")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
-    add("--compile", action=switch, default=False, help="torch.compile the transformer")
+    add("--compile", action=switch, default=False, help="torch.compile the transformer's blocks")
     add("--log-every", type=count, default=100, help="steps between lines of log.jsonl")
-    add("--ckpt-every", type=count, default=5000, help="steps between checkpoints")
+    add("--ckpt-every", type=count, default=25_000, help="steps between checkpoints")
     add("--keep-every", type=whole, default=0, help="steps between numbered checkpoints; 0: none")
     add("--sample-every", type=whole, default=5000, help="steps between sample pictures; 0: none")
     add("--sample-cfg", type=real, default=1.3, help="guidance scale of those pictures")
@@ -399,6 +419,7 @@ def main(argv=None):
         dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
     train(argparse.Namespace(**settings), data, vq, ckpt, run, rank, world, device)
     if world > 1:
+        dist.barrier()                          # NCCL's groups must be destroyed together
         dist.destroy_process_group()
 
 

@@ -323,7 +323,7 @@ def test_to_tokens_orders_codes_as_the_network_and_to_grid_undoes_it(patch):
 def test_chunks_cover_every_place_once_and_hold_no_more_than_a_chunk(monkeypatch, N, G, chunk):
     monkeypatch.setattr(flow, "CHUNK", chunk)
     visits = torch.zeros(N, G)
-    for tokens, g in flow.chunks(N, G, 9):
+    for tokens, g in flow.chunks(N, G, 9, torch.device("cpu")):
         visits[tokens, g] += 1
         held = len(range(N)[tokens])
         assert 1 <= held <= max(1, chunk // 9)             # one row at least, whatever it holds
