@@ -374,6 +374,7 @@ def start_process():
     """Return rank, world size and device, as torchrun sets them; make Ctrl-C exit cleanly."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; run the same command to continue"))
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    torch.set_float32_matmul_precision("highest")           # NVIDIA's containers allow TF32: it changes codes
     gpus, device = torch.cuda.device_count(), torch.device("cpu")
     if gpus and local >= gpus:
         raise InputError(f"--nproc_per_node: process {local} has no GPU; start at most {gpus}")

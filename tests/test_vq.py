@@ -1088,6 +1088,16 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
         vq.start_process()
 
 
+def test_a_process_multiplies_float32_exactly_whatever_was_set_before(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    torch.set_float32_matmul_precision("high")             # as NVIDIA's containers do, by an environment variable
+    vq.start_process()
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):     # as encode() does
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
+
+
 def test_a_wrong_input_ends_the_command_with_one_line_and_exit_code_1(images, tmp_path):
     process = start(command(images, "--out", tmp_path / "out", file=tmp_path / "nowhere.pt"))
     printed, errors = process.communicate(timeout=120)
