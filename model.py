@@ -207,7 +207,7 @@ class DiT(nn.Module):
 
         x [B,d,h,w] float; t [B] in [0,1); y [B] int64 in 0..num_classes.
         """
-        x = self.x_embedder(x) + self.pos_embed             # [B,N,D]
+        x = self.pos_embed + self.x_embedder(x)             # [B,N,D]. A sum has its first operand's layout
         c = self.t_embedder(t) + self.y_embedder(y)         # [B,D]
         for block in self.blocks:
             x = block(x, c)
