@@ -302,9 +302,10 @@ def to_pixels(x):
 
 
 def decode_pixels(vq, codes):
-    """Decode codes [B,h,w] to uint8 [B,H,W,3], one by one: rounding depends on the batch."""
+    """Decode codes [B,h,w] to uint8 [B,H,W,3]; on a CPU one by one, as rounding depends on the batch."""
+    parts = codes.split(8 if codes.is_cuda else 1)
     with torch.autocast(codes.device.type, enabled=False):  # float32 island
-        return torch.cat([to_pixels(vq.decode(c[None])).cpu() for c in codes])
+        return torch.cat([to_pixels(vq.decode(part)).cpu() for part in parts])
 
 
 def open_image(path, size):
