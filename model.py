@@ -99,8 +99,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)    # [B,heads,N,D/heads] each
+        qkv = self.qkv(x).unflatten(2, (3 * self.num_heads, -1)).chunk(3, 2)
+        q, k, v = (part.transpose(1, 2) for part in qkv)    # [B,heads,N,D/heads] each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
