@@ -29,7 +29,8 @@ SIZES["DiT-demo/2"] = dict(depth=6, hidden_size=192, num_heads=3, patch_size=2)
 
 def modulate(x, shift, scale):
     """Scale and shift x [B,N,D] by shift and scale [B,1,D]."""
-    return x * (1 + scale) + shift
+    scale = 1 + scale.to(x.dtype)               # in float32 under autocast: in bf16, 1 + 0.003 is 1
+    return x * scale + shift
 
 
 def sincos_2d(width, side):
@@ -99,8 +100,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)    # [B,heads,N,D/heads] each
+        qkv = self.qkv(x).unflatten(2, (3 * self.num_heads, -1)).chunk(3, 2)
+        q, k, v = (part.transpose(1, 2) for part in qkv)    # [B,heads,N,D/heads] each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -207,7 +208,7 @@ class DiT(nn.Module):
 
         x [B,d,h,w] float; t [B] in [0,1); y [B] int64 in 0..num_classes.
         """
-        x = self.x_embedder(x) + self.pos_embed             # [B,N,D]
+        x = self.pos_embed + self.x_embedder(x)             # [B,N,D]. A sum has its first operand's layout
         c = self.t_embedder(t) + self.y_embedder(y)         # [B,D]
         for block in self.blocks:
             x = block(x, c)

@@ -2,16 +2,25 @@
 import json
 import os
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""                    # before torch is imported: these tests are about the CPU
+import numpy as np
+import pytest
+import torch
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
-
-import model  # noqa: E402
-from vq import VQ  # noqa: E402
+import model
+from vq import VQ
 
 TINY_VQ = dict(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, z_channels=4, n_embed=32, embed_dim=4, num_groups=4)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--gpu-tests-on", default="cuda", choices=("cuda", "cpu"), help="where tests/test_gpu.py runs")
+
+
+def pytest_configure(config):
+    """Hide the GPUs, before anything looks for them, from every run but that of `pytest -m gpu`: the rest is about the CPU."""
+    config.addinivalue_line("markers", "gpu: needs a GPU; chosen by -m gpu")
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture

@@ -229,6 +229,17 @@ def test_a_bf16_forward_is_close_to_float32_and_keeps_a_float32_stream():
     assert h.dtype == torch.float32 and (h - full).norm() / full.norm() < 0.03
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_the_residual_stream_is_contiguous_whatever_the_layout_of_the_latent(layout):
+    net = tiny()
+    x, t, y = point(net)
+    streams = []
+    for module in [*net.blocks, net.final_layer]:
+        module.register_forward_pre_hook(lambda _, inputs: streams.append(inputs[0]))
+    h = net.hidden(x.contiguous(memory_format=layout), t, y)
+    assert len(streams) == 3 and all(s.is_contiguous() for s in [*streams, h])
+
+
 def test_every_weight_but_the_positions_is_trained():
     net = tiny()
     net(*point(net)).square().sum().backward()

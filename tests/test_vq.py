@@ -293,7 +293,7 @@ def llamagen_file(net):
 @pytest.mark.parametrize("layout", ["compvis", "llamagen", "own"])
 def test_a_file_of_each_layout_gives_its_network(layout, zipped, lightning, tmp_path):
     config = {**FOREIGN, "l2_norm": layout == "llamagen"}
-    net = random_vq(**config)
+    net = random_vq(**config).to(memory_format=torch.channels_last)      # as load_vq does; it rounds differently
     file = {"compvis": lambda: compvis_file(net, lightning), "llamagen": lambda: llamagen_file(net),
             "own": lambda: own(net, config)}[layout]()
     save(file, tmp_path / "a.pt", zipped)
@@ -335,6 +335,14 @@ def test_a_file_written_on_another_device_loads(tag, zipped, tiny, tmp_path, mon
     save(own(tiny), tmp_path / "a.pt", zipped)
     assert tag.encode() in (tmp_path / "a.pt").read_bytes()
     assert vq.load_vq(tmp_path / "a.pt").codebook.device.type == "cpu"
+
+
+@pytest.mark.parametrize("device, layout", [("cpu", torch.channels_last), ("meta", torch.contiguous_format)])
+def test_the_layout_of_weights_is_the_devices(device, layout, tiny_file):
+    net = vq.load_vq(tiny_file, torch.device(device))      # meta stands for a GPU
+    weight = net.encoder.down[0].block[0].conv1.weight
+    assert weight.device.type == device and weight.is_contiguous(memory_format=layout)
+    assert net.embed(torch.zeros(2, 3, 5, dtype=torch.int64, device=device)).is_contiguous()
 
 
 def test_a_file_overwritten_later_does_not_change_the_network(tiny, tiny_file, tmp_path):
@@ -1086,6 +1094,16 @@ def test_a_process_without_a_gpu_of_its_own_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(vq.InputError, match="--nproc_per_node: process 2 "):
         vq.start_process()
+
+
+def test_a_process_multiplies_float32_exactly_whatever_was_set_before(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    torch.set_float32_matmul_precision("high")             # as NVIDIA's containers do, by an environment variable
+    vq.start_process()
+    assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cuda.matmul.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):     # as encode() does
+        assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
 
 
 def test_a_wrong_input_ends_the_command_with_one_line_and_exit_code_1(images, tmp_path):
