@@ -31,6 +31,7 @@ from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image
                 start_process)
 
 SHOWN = 100                                     # images on the sheet
+BEYOND = "order", "interval", "picture", "start", "keep", "resample"        # flags beyond the paper
 
 
 def load_run(path, device, data=None):
@@ -60,32 +61,35 @@ def pick_classes(wanted, names):
 
 
 def noise_source(flow, indices, seed, device):
-    """Make a function that draws noise [B,d,h,w] for the images `indices`, new at each call.
-
-    It depends on (seed, i) and the call alone, and is the same on any device.
-    """
+    """Make a function that draws noise [B,d,h,w] from (seed, i): new at each call, alike on any device."""
     generators = [seeded("cpu", seed, i) for i in indices]
     return lambda: torch.cat([flow.prior(1, generator) for generator in generators]).to(device)
 
 
 def encode_picture(args, vq, size, device):
-    """Encode the picture --from: its codes [1,h,w], and those inside --keep, -1 outside."""
-    pixels = open_image(args.picture, size)
-    codes = vq.encode(from_pixels(pixels[None]).to(device))
+    """Encode the picture --from: its codes [1,h,w], and those inside the box --keep, -1 outside."""
+    codes = vq.encode(from_pixels(open_image(args.picture, size)[None]).to(device))
     known = torch.full_like(codes, -1)
     if args.keep:
         x0, y0, x1, y1 = args.keep
         if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
-            raise InputError(f"--keep {x0} {y0} {x1} {y1}: not a box X0 Y0 X1 Y1 in a picture of {size}x{size} "
-                             "pixels; give its left, top, right and bottom edge")
+            raise InputError(f"--keep {x0} {y0} {x1} {y1}: not the left, top, right and bottom edge of a box "
+                             f"in a picture of {size}x{size} pixels")
         f = vq.factor
-        left, top, right, bottom = x0 // f, y0 // f, -(-x1 // f), -(-y1 // f)
-        known[:, top:bottom, left:right] = codes[:, top:bottom, left:right]
-        print(f"kept: pixels {left * f} {top * f} {right * f} {bottom * f}, whole codes of {f}x{f} pixels")
+        box = ..., slice(y0 // f, -(-y1 // f)), slice(x0 // f, -(-x1 // f))
+        known[box] = codes[box]
     return codes, known
 
 
-def fill_folder(draw, tau, args, rank, world):
+def save_temperatures(draw, taus, args):
+    """Save one sheet: the first images at each temperature."""
+    shown = range(min(args.num_samples, 10))
+    rows = [draw(shown, tau) for tau in tqdm(taus, "temperatures")]
+    save_image(f"{args.out}-temperatures.png", torch.cat(rows), len(shown))
+    print(f"{args.out}-temperatures.png")
+
+
+def fill_folder(draw, args, rank, world):
     """Make this process's share of the images missing in args.out."""
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
@@ -93,7 +97,7 @@ def fill_folder(draw, tau, args, rank, world):
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(todo), unit=" images", disable=rank > 0) as bar:
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
-            pixels = draw(batch, tau)
+            pixels = draw(batch)
             list(saved)                         # wait for the batch before, or raise its error
             saved = pool.map(save_image, [paths[i] for i in batch], pixels)
             bar.update(len(batch))
@@ -132,12 +136,13 @@ def parse(argv):
     add("--steps", type=number(int, 1), default=100, metavar="T", help="steps, one network call each")
     add = parser.add_argument_group("beyond the paper").add_argument
     add("--order", type=int, choices=(1, 2), default=1, help="1: Euler steps; 2: ten are enough")
-    add("--cfg-interval", type=number(float, 0, 1.01), nargs=2, metavar=("LO", "HI"), default=[0, 1],
-        help="guide only at times t from LO to HI")
+    add("--cfg-interval", dest="interval", type=number(float, 0, 1.01), nargs=2, metavar=("LO", "HI"),
+        default=[0, 1], help="guide only at times t from LO to HI")
     add("--from", dest="picture", help="start from this picture, cropped as vq.py does")
     add("--start", type=number(float, 0, 1), default=0.0, metavar="t", help="time to start at; 0: noise")
-    add("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="box of its pixels to keep")
-    add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats of each step, to fit the box")
+    add("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
+        help="box of its pixels to keep, rounded outwards to whole codes")
+    add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats of a step, to fit the box")
     add = parser.add_argument_group("speed").add_argument
     add("--per-proc-batch-size", type=number(int, 1), default=64, metavar="N", help="images in a batch")
     add("--compile", action="store_true", help="torch.compile the transformer's blocks")
@@ -153,9 +158,9 @@ def parse(argv):
     return parser, args
 
 
-def check(parser, args, ckpt, settings):
+def check(parser, args, ckpt, settings, beyond):
     """Exit with code 2 if the run cannot do what the flags ask for."""
-    if settings.objective == "dfm" and beyond(parser, args):
+    if settings.objective == "dfm" and beyond:
         parser.error(f"{ckpt} was trained with --objective dfm, which takes no flags beyond the paper")
     if settings.objective == "cfm" and args.tau:
         parser.error(f"--tau: {ckpt} was trained with --objective cfm and has no posterior; leave --tau out")
@@ -163,68 +168,50 @@ def check(parser, args, ckpt, settings):
         parser.error(f"--cfg-scale: {ckpt} was trained with --label-dropout 0; leave it at 1")
 
 
-def beyond(parser, args):
-    """Return the flags that go beyond the paper and are in use."""
-    names = "order", "cfg_interval", "picture", "start", "keep", "resample"
-    given = {name: getattr(args, name) for name in names}
-    return {name: value for name, value in given.items() if value != parser.get_default(name)}
-
-
-def drawer(flow, vq, args, settings, classes, size, device):
-    """Make a function that draws the images `indices` at tau: uint8 [B,size,size,3]."""
-    knobs = dict(steps=args.steps, cfg=args.cfg_scale)
-    if settings.objective != "dfm":
-        knobs |= dict(order=args.order, interval=args.cfg_interval)
-    if args.picture:
-        codes, known = encode_picture(args, vq, size, device)
-        knobs |= dict(start=args.start, known=known, resample=args.resample)
-
-    def draw(indices, tau):
-        y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-        fresh = noise_source(flow, indices, args.seed, device)
-        how = dict(knobs, noise=fresh())
-        if tau is not None:
-            how["tau"] = tau
-        if args.picture:
-            t = torch.full((len(y),), args.start, device=device)
-            how |= dict(noise=flow.path(how["noise"], codes, t), fresh=fresh)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            sampled = flow.sample(y, **how)
-        return decode_pixels(vq, sampled)
-    return draw
-
-
 @torch.inference_mode()
 def main(argv=None):
     parser, args = parse(argv)
+    beyond = {name: x for name, x in vars(args).items() if name in BEYOND and x != parser.get_default(name)}
     rank, world, device = start_process()
     ckpt = args.ckpt or newest_run() / "ckpt.pt"
     flow, vq, data, settings, step = load_run(ckpt, device, args.data)
-    check(parser, args, ckpt, settings)
+    check(parser, args, ckpt, settings, beyond)
     classes = pick_classes(args.classes, data.meta["classes"])
     taus = args.tau or [{"purrception": 0.9, "dfm": 1.0, "cfm": None}[settings.objective]]
-    if args.bf16 is None:
-        args.bf16 = device.type == "cuda" and bf16_is_fast(device)
-    if args.bf16:
+    bf16 = device.type == "cuda" and bf16_is_fast(device) if args.bf16 is None else args.bf16
+    if bf16:
         flow.model.blocks.bfloat16()            # else autocast casts the weights anew in every call
     if args.compile:
         compile_blocks(flow.model)
-    draw = drawer(flow, vq, args, settings, classes, data.meta["image_size"], device)
+    if args.picture:
+        codes, known = encode_picture(args, vq, data.meta["image_size"], device)
+
+    def draw(indices, tau=taus[0]):
+        y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
+        fresh = noise_source(flow, indices, args.seed, device)
+        knobs = dict(noise=fresh(), cfg=args.cfg_scale)
+        if tau is not None:
+            knobs["tau"] = tau
+        if beyond:
+            knobs |= dict(order=args.order, interval=args.interval)
+        if args.picture:
+            t = torch.full((len(y),), args.start, device=device)
+            knobs |= dict(noise=flow.path(knobs["noise"], codes, t), start=args.start, known=known,
+                          resample=args.resample, fresh=fresh)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            sampled = flow.sample(y, args.steps, **knobs)
+        return decode_pixels(vq, sampled)
+
     if len(taus) > 1:
-        if rank == 0:
-            shown = range(min(args.num_samples, 10))
-            rows = [draw(shown, tau) for tau in tqdm(taus, "temperatures")]
-            save_image(f"{args.out}-temperatures.png", torch.cat(rows), len(shown))
-            print(f"{args.out}-temperatures.png")
-        return
+        return save_temperatures(draw, taus, args) if rank == 0 else None
     reference = data.meta.get("reference")
     record = dict(
         ckpt=str(ckpt.resolve()), step=step, started=settings.started, data=str(data.path), tau=taus[0],
-        cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, bf16=args.bf16,
+        cfg_scale=args.cfg_scale, steps=args.steps, seed=args.seed, classes=classes, bf16=bf16,
         num_samples=args.num_samples, reference=reference and str(data.path / reference),
-        features=data.meta.get("features", "inception"), **beyond(parser, args))
+        features=data.meta.get("features", "inception"), **beyond)
     claim_folder(args.out, Path(f"{args.out}.json"), record, rank)
-    paths = fill_folder(draw, taus[0], args, rank, world)
+    paths = fill_folder(draw, args, rank, world)
     if rank == 0:
         finish_folder(paths, args, min(10, len(classes)))
 

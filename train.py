@@ -92,7 +92,7 @@ def check_codes(data, K, patch_size):
 
 
 def open_tokenizer(data, device):
-    return load_vq(data.path / data.meta["tokenizer"]).to(device)
+    return load_vq(data.path / data.meta["tokenizer"], device)
 
 
 @functools.lru_cache(2)
