@@ -13,7 +13,7 @@ The figures of a set of samples:
 The reach of a picture is the distance to its third nearest neighbour of the same set. Distance, precision and
 recall depend on the number of pictures: compare equal counts only. As many real cats are the yardstick.
 
-    python demo/judge.py                  # train: about five minutes on 2 CPU cores; writes demo/judge.pt
+    python demo/judge.py                  # train: six minutes on 2 idle CPU cores; writes demo/judge.pt
     python demo/judge.py samples          # judge a folder that sample.py has made
 
 References: Fréchet distance (arXiv 1706.08500); precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
