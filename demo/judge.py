@@ -13,7 +13,11 @@ The figures of a set of samples:
 The reach of a picture is the distance to its third nearest neighbour of the same set. Distance, precision and
 recall depend on the number of pictures: compare equal counts only. As many real cats are the yardstick.
 
-    python demo/judge.py                  # train: six minutes on 2 idle CPU cores; writes demo/judge.pt
+The network sees what it was taught, coat, pose and colours, and overlooks damage that leaves these readable:
+256 real cats are at a distance of 1.9 and a precision of 0.90, and with a tenth of their codes drawn at random
+still at 2.8 and 0.82.
+
+    python demo/judge.py                  # train: ten minutes of CPU time; writes demo/judge.pt
     python demo/judge.py samples          # judge a folder that sample.py has made
 
 References: Fréchet distance (arXiv 1706.08500); precision and recall (Kynkäänniemi et al., arXiv 1904.06991).

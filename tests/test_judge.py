@@ -109,7 +109,7 @@ def test_the_committed_judge_reads_real_cats_and_tells_them_from_wrong_ones():
     real = features, coats, guess
     small = from_pixels(pixels)[:, :, ::8, ::8]            # one pixel of every code's cell
     coarse = judge.figures(judge.look(net, to_pixels(F.interpolate(small, scale_factor=8))), coats, real)
-    assert coarse["distance"] > 10 and coarse["precision"] < 0.5
+    assert judge.figures((features, logits, guess), coats, real)["distance"] < 1e-3 and coarse["distance"] > 10
 
 
 def test_a_folder_of_samples_is_read_and_a_wrong_one_refused(tmp_path):
