@@ -29,6 +29,8 @@ LOOKS = {  #       fur              muzzle           eyes, one of
 COATS = tuple(LOOKS)                             # a cat's label is its place here
 MARKINGS = {"ginger tabby": (182, 86, 26), "brown tabby": (62, 44, 34), "siamese": (86, 62, 52),
             "calico": (228, 138, 56)}
+NUMBERS = ("x", "y", "scale", "yaw", "pitch", "tilt", "light x", "light y", "ear", "lid", "pupil", "fur",
+           "eye red", "eye green", "eye blue", "backdrop red", "backdrop green", "backdrop blue")   # see draw()
 WHITE, INK, PINK = (np.array(c, np.float32).reshape(3, 1, 1) for c in [(250, 247, 242), (32, 26, 28), (232, 150, 150)])
 
 OVERSAMPLE = 4                                   # masks are drawn this many times larger, then averaged
@@ -72,17 +74,18 @@ class Canvas:
         self.size, self.scale = size, rng.uniform(0.335, 0.39)           # scale: half a head's width
         self.centre = np.array([0.5, 0.57]) + rng.uniform(-0.04, 0.04, 2)
         self.yaw, self.pitch = rng.uniform(-0.16, 0.16), rng.uniform(-0.06, 0.07)
-        tilt = np.clip(rng.normal(0, 0.13), -0.3, 0.3)
-        c, s = np.cos(tilt), np.sin(tilt)
+        self.tilt = np.clip(rng.normal(0, 0.13), -0.3, 0.3)
+        c, s = np.cos(self.tilt), np.sin(self.tilt)
         self.axes = self.scale * np.array([[c, s], [-s, c]])             # (u, v) @ axes is the offset from centre
 
         pixel = (np.arange(size) + 0.5) / size
         xy = np.stack(np.meshgrid(pixel, pixel), -1)                     # [H,W,2] in 0..1
         u, v = np.moveaxis((xy - self.centre) @ np.linalg.inv(self.axes), -1, 0)
         angle = rng.uniform(-np.pi, 0)                                   # the light comes from somewhere above
-        facing = np.clip(u * np.cos(angle) + v * np.sin(angle), -1.3, 1.3)
+        self.to_light = np.cos(angle), np.sin(angle)
+        facing = np.clip(u * self.to_light[0] + v * self.to_light[1], -1.3, 1.3)
         self.light = (0.98 + 0.17 * facing - 0.1 * np.clip(u * u + v * v, 0, 2)).astype(np.float32)
-        glow = (xy - 0.5) @ (np.cos(angle), np.sin(angle))
+        glow = (xy - 0.5) @ self.to_light
         self.image = (backdrop * (1 + 0.4 * glow)).astype(np.float32)
 
     def turned(self, points):
@@ -163,7 +166,10 @@ def draw_coat(canvas, rng, coat, head, ears, marking, muzzle):
 
 
 def draw_eyes(canvas, rng, iris):
-    """Paint two eyes: dark rim, iris in the shade of its lid, pupil, highlight."""
+    """Paint two eyes: dark rim, iris in the shade of its lid, pupil, highlight.
+
+    Return half the height of an eye and half the width of its pupil.
+    """
     apart, level, slant = rng.uniform(0.4, 0.47), rng.uniform(-0.08, 0.04), rng.uniform(-0.3, -0.05)
     wide, high, pupil = rng.uniform(0.25, 0.3), rng.uniform(0.17, 0.27), rng.uniform(0.07, 0.17)
     gaze_u, gaze_v = rng.uniform((-0.07, -0.02), (0.07, 0.03))
@@ -178,6 +184,7 @@ def draw_eyes(canvas, rng, iris):
     canvas.paint(eye * pair(0, -0.8 * high, wide, 0.65 * high, blur=0.05), 0.6 * iris)
     canvas.paint(eye * pair(gaze_u, gaze_v, pupil, max(pupil, 0.9 * high)), INK)
     canvas.paint(pair(0.6 * gaze_u - 0.08, 0.6 * gaze_v - 0.09, 0.065, 0.065), WHITE)
+    return high, pupil
 
 
 def draw_face(canvas, rng, nose, mouth, whisker):
@@ -199,14 +206,21 @@ def draw_face(canvas, rng, nose, mouth, whisker):
 
 
 def draw(rng, coat, size=64):
-    """Draw one cat of COATS[coat], all that varies drawn from the np.random.Generator; return uint8 [size,size,3]."""
+    """Draw one cat of COATS[coat], all that varies drawn from the np.random.Generator.
+
+    Return the picture uint8 [size,size,3] and its numbers [M], named by NUMBERS: x and y of the head's centre and its
+    scale in picture widths; angles in radians; the direction to the light, a unit vector; in head coordinates the
+    height v of the ears' tips, half the height of an eye and half the width of its pupil; the fur's brightness, where
+    1 is the coat's own; colours in 0..255.
+    """
     name = COATS[coat]
     fur, muzzle, eyes = LOOKS[name]
     fur, muzzle, marking = (jitter(rng, colour, 0.08) for colour in (fur, muzzle, MARKINGS.get(name, fur)))
     pale = fur.mean() > 180
     value = rng.uniform(0.42, 0.68) if pale else rng.uniform(0.66, 0.86)  # so that the head stands out
     backdrop = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.06, 0.28), value)
-    canvas = Canvas(rng, size, 255 * np.reshape(backdrop, (3, 1, 1)))
+    backdrop = 255 * np.reshape(backdrop, (3, 1, 1))
+    canvas = Canvas(rng, size, backdrop)
 
     skull, ears, shoulder = head_outline(rng), ear_outlines(rng, canvas.yaw), rng.uniform(0.8, 1.0)
     head = canvas.mask(skull)
@@ -222,23 +236,29 @@ def draw(rng, coat, size=64):
     inner = [middle * (s, 1) + 0.62 * (ear - middle * (s, 1)) for s, ear in zip(BOTH, ears)]
     flesh = 0.6 * PINK + 0.4 * (marking if name == "siamese" else fur)
     canvas.paint((1 - head) * canvas.mask(*inner, blur=0.03), flesh)
-    draw_eyes(canvas, rng, jitter(rng, eyes[rng.integers(len(eyes))], 0.1))
+    iris = jitter(rng, eyes[rng.integers(len(eyes))], 0.1)
+    lid, pupil = draw_eyes(canvas, rng, iris)
     nose = jitter(rng, PINK, 0.15)
     draw_face(canvas, rng, nose, nose * (0.4 if muzzle.mean() > 110 else 0.75), INK + 60 if pale else WHITE)
     levels = (canvas.image.clip(0, 252) / 4).round() * 4                 # 64 levels a channel: files half the size
-    return levels.astype(np.uint8).transpose(1, 2, 0)
+    ear, brightness = ears[0][:, 1].min(), fur.mean() / np.mean(LOOKS[name][0])
+    numbers = [*canvas.centre, canvas.scale, canvas.yaw, canvas.pitch, canvas.tilt, *canvas.to_light,
+               ear, lid, pupil, brightness, *iris.ravel(), *backdrop.ravel()]
+    return levels.astype(np.uint8).transpose(1, 2, 0), numbers
 
 
 def cats(n, seed, size=64):
-    """Draw n cats, coats in turn: images uint8 [n,size,size,3] and labels uint8 [n], label i = i % 10.
+    """Draw n cats, coats in turn: images uint8 [n,size,size,3], labels uint8 [n], numbers float32 [n,M].
 
-    Image i depends on (seed, i) alone, so a longer set begins with the shorter one.
+    Label i is i % 10, a place in COATS. draw() explains the numbers; they do not depend on the size.
+    Cat i depends on (seed, i) alone, so a longer set begins with the shorter one.
     """
     labels = np.arange(n) % len(COATS)
     images = np.empty((n, size, size, 3), np.uint8)
+    numbers = np.empty((n, len(NUMBERS)), np.float32)
     for i in range(n):
-        images[i] = draw(np.random.default_rng((seed, i)), labels[i], size)
-    return images, labels.astype(np.uint8)
+        images[i], numbers[i] = draw(np.random.default_rng((seed, i)), labels[i], size)
+    return images, labels.astype(np.uint8), numbers
 
 
 def main():
@@ -247,7 +267,7 @@ def main():
     parser.add_argument("--rows", type=int, default=6, help="cats per coat")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other cats")
     args = parser.parse_args()
-    images, _ = cats(args.rows * len(COATS), args.seed)
+    images, *_ = cats(args.rows * len(COATS), args.seed)
     rows = images.reshape(args.rows, len(COATS), *images.shape[1:])      # [rows,10,H,W,3]
     Image.fromarray(np.concatenate(np.concatenate(rows, 1), 1)).save(args.out)
 

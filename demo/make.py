@@ -188,7 +188,7 @@ def main():
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    drawn, labels = cats(4 * args.num_images, TRAIN_SEED)                # the tokenizer sees more, or it learns them by heart
+    drawn, labels, _ = cats(4 * args.num_images, TRAIN_SEED)             # the tokenizer sees more, or it learns them by heart
     drawn, held_out = torch.from_numpy(drawn), torch.from_numpy(cats(args.num_reference, HELD_OUT_SEED)[0])
     images, labels = drawn[:args.num_images], labels[:args.num_images]
     start = time.time()

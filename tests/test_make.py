@@ -65,7 +65,7 @@ def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
     make.main()
     data = open_data(tmp_path)
     vq = load_vq(tmp_path / data.meta["tokenizer"])
-    images, labels = make.cats(20, make.TRAIN_SEED)
+    images, labels, _ = make.cats(20, make.TRAIN_SEED)
     assert data.codes.shape == (20, 8, 8) and (data.labels == labels).all()
     assert torch.equal(make.encode(vq, torch.from_numpy(images), torch.device("cpu")), torch.from_numpy(data.codes.astype(np.int64)))
     assert vq.decode(vq.encode(from_pixels(images))).isfinite().all()
