@@ -29,8 +29,7 @@ SIZES["DiT-demo/2"] = dict(depth=6, hidden_size=192, num_heads=3, patch_size=2)
 
 def modulate(x, shift, scale):
     """Scale and shift x [B,N,D] by shift and scale [B,1,D]."""
-    scale = 1 + scale.to(x.dtype)               # in float32 under autocast: in bf16, 1 + 0.003 is 1
-    return x * scale + shift
+    return x * (1 + scale) + shift
 
 
 def sincos_2d(width, side):

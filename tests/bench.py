@@ -6,6 +6,7 @@
     python tests/bench.py --fidelity path/to/torch-fidelity  Inception against theirs, on random weights
     python tests/bench.py --pytorch-fid                      the distance against the installed package of that name
     python tests/bench.py --scale                            how the cost grows with K, with positions, with processes
+    python tests/bench.py step-both-bf16 velocity-bf16 --device cuda --model DiT-XL/2 --batch 32 --compile
 
 The release's networks want timm, einops and torchdiffeq installed, pytorch-fid wants torchvision.
 
@@ -13,6 +14,9 @@ Each side of a row runs in a process of its own, the two in turn, so that neithe
 the median over the repeats. Memory is how far the process's peak rises above what it holds before its first run (Linux).
 Rows called -bf16 hold our bf16 against float32; the release's own bf16, weights and all, is in step-both-bf16. Run it on an
 idle machine, with OMP_WAIT_POLICY=passive where other programs may interfere.
+
+On a GPU each side has a line of its own, and the memory is the peak of all that torch holds. Utilisation is the network's FLOP,
+as flop() counts them, over time and --peak-tflops; it says something of bf16 rows alone.
 """
 import argparse
 import functools
@@ -33,12 +37,31 @@ import torch.nn.functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 K, D, SIDE = 16384, 4, 32                                  # vq-f8's codebook and grid
+SETUP = argparse.Namespace(device="cpu", model="DiT-S/2", batch=None, compile=False)     # main() reads the flags into it
+IMAGES = {"step": 4, "loss": 4, "velocity": 4, "encode": 2, "inception": 32}             # in a run, unless --batch says
+
+
+def images(row):
+    return SETUP.batch or IMAGES.get(row.split("-")[0], 0)
+
+
+def flop(row):
+    """Count a run's FLOP: 2 for each weight and token, attention 4 N^2 D a block; the backward pass is twice the forward's."""
+    import model
+    size = model.SIZES[SETUP.model]
+    N, width = (SIDE // size["patch_size"]) ** 2, size["hidden_size"]
+    trunk = size["depth"] * (2 * N * 12 * width ** 2 + 4 * N ** 2 * width)
+    head = 2 * SIDE ** 2 * width * K
+    counts = {"step": 3 * (trunk + head), "loss": 3 * head, "velocity": 2 * trunk + head}    # cfg: the trunk runs twice
+    return images(row) * counts.get(row.split("-")[0], 0)
 
 
 def network():
     import model
     torch.manual_seed(0)
-    net = model.DiT(**model.SIZES["DiT-S/2"])
+    net = model.DiT(**model.SIZES[SETUP.model])
+    for block in net.blocks if SETUP.compile else ():
+        block.compile()
     torch.nn.init.normal_(net.final_layer.linear.weight, std=0.02)       # zeros would make the softmax's work too easy
     return net
 
@@ -59,17 +82,18 @@ def released(folder):
 
 
 def step(ours, bf16=False, release=None):
-    """Prepare one training step of DiT-S/2 on four images: forward, loss, backward, AdamW."""
+    """Prepare one training step: forward, loss, backward, AdamW."""
     import flow
     net = released(release) if release else network()
-    z, t, y, codes = torch.randn(4, D, SIDE, SIDE), torch.rand(4), torch.arange(4), torch.randint(K, (4, SIDE, SIDE))
+    B = images("step")
+    z, t, y, codes = torch.randn(B, D, SIDE, SIDE), torch.rand(B), torch.arange(B), torch.randint(K, (B, SIDE, SIDE))
     if release and bf16:                                   # as DeepSpeed has it, but for the float32 copy of the weights
         net, z, t = net.bfloat16(), z.bfloat16(), t.bfloat16()
     opt = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], fused=ours)
     method = flow.Purrception(net, torch.randn(K, D), label_dropout=0) if ours else None
 
     def run():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16 and not release):
+        with torch.autocast(SETUP.device, torch.bfloat16, enabled=bf16 and not release):
             if ours:
                 loss = method.loss(z, t, y, codes)[0]
             elif release:                                  # as its trainer.py, _train_step
@@ -83,10 +107,12 @@ def step(ours, bf16=False, release=None):
     return run
 
 
-def loss(ours, positions=4096, codes=K):
-    """Prepare head and loss, forward and backward, for positions of width 384."""
+def loss(ours, positions=None, codes=K):
+    """Prepare head and loss, forward and backward, for the positions of all images or, if given, for some."""
     import flow
-    h, W, b = (torch.randn(*s).mul_(0.05).requires_grad_() for s in ((positions, 384), (codes, 384), (codes,)))
+    import model
+    width, positions = model.SIZES[SETUP.model]["hidden_size"], positions or SIDE ** 2 * images("loss")
+    h, W, b = (torch.randn(*s).mul_(0.05).requires_grad_() for s in ((positions, width), (codes, width), (codes,)))
     target = torch.randint(codes, (positions,))
 
     def run():
@@ -97,18 +123,19 @@ def loss(ours, positions=4096, codes=K):
 
 
 def velocity(ours, bf16=False, release=None):
-    """Prepare one guided velocity (cfg 1.3) of DiT-S/2 on four images."""
+    """Prepare one guided velocity (cfg 1.3)."""
     import flow
-    z, t, y, E = torch.randn(4, D, SIDE, SIDE), torch.full((4,), 0.5), torch.arange(4), torch.randn(K, D)
+    B = images("velocity")
+    z, t, y, E = torch.randn(B, D, SIDE, SIDE), torch.full((B,), 0.5), torch.arange(B), torch.randn(K, D)
     if release:
         net = released(release).eval()
         from utils.sample_utils import _ode_function_purrception as ode
-        return torch.no_grad()(lambda: ode(t[0], z.flatten(1), net, y, 4, SIDE, E, cfg_scale=1.3, temperature=0.9))
+        return torch.no_grad()(lambda: ode(t[0], z.flatten(1), net, y, B, SIDE, E, cfg_scale=1.3, temperature=0.9))
     method = flow.Purrception(network(), E)
 
     @torch.no_grad()
     def run():
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(SETUP.device, torch.bfloat16, enabled=bf16):
             if ours:
                 return method.velocity(z, t, y, tau=0.9, cfg=1.3)
             cond, uncond = method.model(z, t, y), method.model(z, t, torch.full_like(y, 1000))
@@ -118,11 +145,12 @@ def velocity(ours, bf16=False, release=None):
 
 
 def encode(ours, release=None):
-    """Prepare the encoding of two 256x256 images by vq-f8's network; the release carries CompVis's."""
+    """Prepare the encoding of 256x256 images by vq-f8's network; the release carries CompVis's."""
     import vq
-    x = torch.rand(2, 3, 256, 256) * 2 - 1
+    x = torch.rand(images("encode"), 3, 256, 256) * 2 - 1
     if ours:
-        net = vq.VQ().eval().to(memory_format=torch.channels_last)       # as load_vq does
+        layout = torch.channels_last if SETUP.device == "cpu" else torch.contiguous_format
+        net = vq.VQ().eval().to(memory_format=layout)      # as load_vq does
     elif not release:
         net = vq.VQ().eval()
     else:
@@ -161,11 +189,14 @@ def frechet(ours, package=None):
 
 
 def inception(ours, fidelity=None):
-    """Prepare Inception features of 32 images of 256x256; the yardstick is torch-fidelity's, else ours unprepared."""
+    """Prepare Inception features of 256x256 images; the yardstick is torch-fidelity's, else ours unprepared."""
     import fid
-    x = torch.randint(0, 256, (32, 3, 256, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (images("inception"), 3, 256, 256), dtype=torch.uint8)
     if ours:
-        net = fid.untrained_inception()
+        with torch.device("cpu"):                          # its weights are drawn by a generator there
+            net = fid.untrained_inception()
+        net.to(SETUP.device)
     elif fidelity:
         package = types.ModuleType("torch_fidelity")       # without its __init__, which wants torchvision
         package.__path__ = [str(Path(fidelity) / "torch_fidelity")]
@@ -206,7 +237,10 @@ def peak():
 
 def child(path, ours, knobs):
     """Run one side of one row after a warm-up, and print seconds and MiB."""
-    run = (PATHS | GROWTH)[path](ours, **({} if ours else knobs))
+    with torch.device(SETUP.device):
+        run = (PATHS | GROWTH)[path](ours, **({} if ours else knobs))
+    if SETUP.device == "cuda":
+        return print(json.dumps(time_on_gpu(run)))
     Path("/proc/self/clear_refs").write_text("5")          # reset the mark to what is held now
     before = peak()
     run()
@@ -215,16 +249,35 @@ def child(path, ours, knobs):
     print(json.dumps([time.perf_counter() - start, peak() - before]))
 
 
-def compare(path, repeats, knobs):
-    """Run both sides of a row in turn and print its line of the table."""
+def time_on_gpu(run, runs=10):
+    """Return the mean seconds of some runs after a warm-up, and the peak of all memory that torch held, in MiB."""
+    for _ in range(3):                                     # blocks are compiled, kernels chosen
+        run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    for _ in range(runs):
+        run()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / runs, torch.cuda.max_memory_allocated() / 2 ** 20
+
+
+def compare(path, repeats, knobs, setup, peak_tflops):
+    """Run both sides of a row in turn and print its line of the table; on a GPU, a line for each side."""
     results = {"ours": [], "yardstick": []}
     for _ in range(repeats):
         for side in results:
-            command = [sys.executable, __file__, path, "--child", side, "--knobs", json.dumps(knobs)]
+            command = [sys.executable, __file__, path, "--child", side, "--knobs", json.dumps(knobs), *setup]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[side].append(json.loads(printed.splitlines()[-1]))   # other people's code prints, too
     (t1, m1), (t2, m2) = ([statistics.median(column) for column in zip(*results[side])] for side in results)
     name = path + "".join(f", against {Path(value).resolve().name}" for value in knobs.values())
+    if SETUP.device == "cuda":
+        for side, seconds, memory in (("ours", t1, m1), ("yardstick", t2, m2)):
+            rate = flop(path) / seconds / 1e12
+            print(f"| {name}, {side} | {seconds * 1e3:.1f} ms | {images(path) / seconds:.0f} images/s | {memory:.0f} MiB | "
+                  f"{rate:.0f} TFLOP/s | {rate / peak_tflops:.0%} |", flush=True)
+        return
     print(f"| {name} | {t1:.2f} s | {t2:.2f} s | {t2 / t1:.1f}x | {m1:.0f} MiB | {m2:.0f} MiB | {m2 / max(m1, 1):.1f}x |",
           flush=True)
 
@@ -253,9 +306,16 @@ def main():
     parser.add_argument("--fidelity", help="folder of a checkout of torch-fidelity")
     parser.add_argument("--pytorch-fid", action="store_true", help="the installed pytorch-fid")
     parser.add_argument("--scale", action="store_true", help="growth with K, positions and processes instead")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the rows run")
+    parser.add_argument("--model", default="DiT-S/2", help="size of the network, as train.py's")
+    parser.add_argument("--batch", type=int, help=f"images in a run; default: {IMAGES}")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks, on both sides")
+    parser.add_argument("--peak-tflops", type=float, default=989, help="of the GPU; default: H100, dense bf16")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--knobs", type=json.loads, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(namespace=SETUP)
+    setup = ["--device", args.device, "--model", args.model, *(["--batch", str(args.batch)] if args.batch else ())]
+    setup += ["--compile"] if args.compile else []
     if args.child:
         return child(args.paths[0], args.child == "ours", args.knobs)
     rows = []
@@ -268,10 +328,11 @@ def main():
     rows = rows or [(path, {}) for path in (GROWTH if args.scale else PATHS)]
     if unknown := set(args.paths).difference(path for path, _ in rows):
         parser.error(f"{' '.join(unknown)}: no such row with these flags; there are {', '.join(path for path, _ in rows)}")
-    print("| path | ours | yardstick | faster | memory, ours | yardstick | smaller |\n|---|---|---|---|---|---|---|")
+    print("| path | time | rate | memory | FLOP | utilisation |\n|---|---|---|---|---|---|" if args.device == "cuda" else
+          "| path | ours | yardstick | faster | memory, ours | yardstick | smaller |\n|---|---|---|---|---|---|---|")
     for path, knobs in rows:
         if not args.paths or path in args.paths:
-            compare(path, args.repeats, knobs)
+            compare(path, args.repeats, knobs, setup, args.peak_tflops)
     if args.scale:
         processes(args.repeats)
 
