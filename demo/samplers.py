@@ -3,9 +3,10 @@
     python demo/samplers.py                                the newest run; half an hour on 2 CPU cores
     python demo/samplers.py --ckpt runs/001/ckpt.pt --num-samples 128 --seeds 0
 
-Every set of samples is judged by demo/judge.py: Fréchet distance in its 64 features, share of the right coat,
-precision and recall, means over the seeds of the noise and the lowest and highest distance. samplers.csv receives one
-line for each set; what is in it is not measured again. The tables are printed, and samplers.png has the curves.
+A set of samples has two distances to real cats: "judge", in the 64 features of demo/judge.py, which see poses, coats and
+lost diversity; and "patch", of 2x2 neighbouring code vectors, which sees local damage. Share of the right coat, precision
+and recall are the judge's, too. Figures are means over the seeds of the noise, in brackets the range. samplers.csv receives
+a line for each set; what is in it is not measured again. The tables are printed, samplers.png has the curves.
 """
 import argparse
 import csv
@@ -16,16 +17,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import judge
 from make import HERE
 
 sys.path.insert(0, str(HERE.parent))
+from fid import frechet_distance, statistics  # noqa: E402
 from sample import load_run, noise_source  # noqa: E402
 from train import newest_run  # noqa: E402
 from vq import decode_pixels, start_process  # noqa: E402
 
-FIGURES = "distance", "coat", "precision", "recall"
+FIGURES = "judge", "patch", "coat", "precision", "recall"
 TAUS = 0.1, 0.3, 0.5, 0.7, 0.9, 1.0
 CALLS = {1: (4, 5, 7, 10, 20, 50), 2: (4, 5, 7, 10, 20)}   # order: calls
 SCALES = 1.5, 2.0, 3.0
@@ -47,41 +50,49 @@ class Samplers:
     def __init__(self, args, device):
         self.args, self.device = args, device
         self.ckpt = args.ckpt or newest_run() / "ckpt.pt"
-        self.flow, self.vq, *_ = load_run(self.ckpt, device)
+        self.flow, self.vq, data, *_ = load_run(self.ckpt, device)
+        codes = torch.from_numpy(data.codes[:4000].astype(np.int64)).to(device)
+        self.patches = self.patches_of(codes)
         self.judge = judge.load_judge(device)
         self.real = judge.reference(self.judge, self.vq, device)
         self.file, self.table = Path("samplers.csv"), {}
         if self.file.exists():
             with open(self.file, newline="") as f:
-                self.table = {tuple(row[:-4]): [float(x) for x in row[-4:]] for row in csv.reader(f)}
+                n = len(FIGURES)
+                self.table = {tuple(row[:-n]): [float(x) for x in row[-n:]] for row in csv.reader(f)}
+
+    def patches_of(self, codes):
+        """Return mean and covariance of 2x2 code vectors, of codes [N,h,w]."""
+        patches = F.unfold(self.flow.embed(codes), 2)      # [N,4d,places]
+        return statistics(patches.movedim(1, 2).flatten(0, 1).cpu().numpy())
 
     def judged(self, sampler, seed):
         """Return the FIGURES of samples from the noise of a seed, from the table or measured now."""
         key = tuple(map(str, (self.ckpt, self.args.num_samples, seed, *sampler)))
         if key not in self.table:
-            pixels, coats = [], []
+            codes, coats = [], []
             for some in torch.arange(self.args.num_samples).split(64):
                 y = (some % self.flow.model.num_classes).to(self.device)
                 noise = noise_source(self.flow, some.tolist(), seed, self.device)()
-                pixels.append(decode_pixels(self.vq, self.flow.sample(y, noise=noise, **sampler._asdict())))
+                codes.append(self.flow.sample(y, noise=noise, **sampler._asdict()))
                 coats.append(y.cpu())
-            seen = judge.look(self.judge, torch.cat(pixels))
+            codes = torch.cat(codes)
+            seen = judge.look(self.judge, decode_pixels(self.vq, codes))
             found = judge.figures(seen, torch.cat(coats).numpy(), self.real)
+            found["judge"], found["patch"] = found["distance"], frechet_distance(*self.patches_of(codes), *self.patches)
             self.table[key] = [float(found[name]) for name in FIGURES]
             with open(self.file, "a", newline="") as f:
                 csv.writer(f).writerow([*key, *self.table[key]])
         return self.table[key]
 
     def row(self, *settings):
-        """Print a line of a Markdown table: means over seeds, range of the distance. Return the distances [seeds]."""
-        found = np.array([self.judged(Sampler(*settings), seed) for seed in self.args.seeds])
-        distance, *others = found.mean(0)
-        steps, order, tau, cfg, *interval = Sampler(*settings)
-        spread = f"{found[:, 0].min():.2f} to {found[:, 0].max():.2f}"
-        interval = "" if interval == [(0.0, 1.0)] else " on [{}, {}]".format(*interval[0])
-        print(f"| {steps} calls, order {order} | {tau} | {cfg}{interval} | {distance:.2f} ({spread}) | "
-              + " | ".join(f"{x:.3f}" for x in others) + " |", flush=True)
-        return found[:, 0]
+        """Print a line of a Markdown table and return the FIGURES of all seeds, [seeds,5]."""
+        sampler = Sampler(*settings)
+        found = np.array([self.judged(sampler, seed) for seed in self.args.seeds])
+        cells = [f"{x:.3f} ({low:.3f} to {high:.3f})" for x, low, high in zip(found.mean(0), found.min(0), found.max(0))]
+        guidance = f"{sampler.cfg:g}" + (f" on {list(sampler.interval)}" if sampler.interval != (0.0, 1.0) else "")
+        print(f"| {sampler.steps} calls, order {sampler.order} | {sampler.tau} | {guidance} | {' | '.join(cells)} |", flush=True)
+        return found
 
 
 @torch.inference_mode()
@@ -98,17 +109,21 @@ def main():
     _, _, device = start_process()
     samplers = Samplers(args, device)
     print(f"| sampler | tau | guidance | {' | '.join(FIGURES)} |\n|---|---|---|{'---|' * len(FIGURES)}")
-    found = {tau: samplers.row(10, 2, tau).mean() for tau in TAUS}
+    found = {tau: samplers.row(10, 2, tau)[:, 0].mean() for tau in TAUS}
     best = min(found, key=found.get)
-    figure, panels = pyplot.subplots(2, 2, figsize=(9, 7), layout="constrained", sharex=True, sharey=True)
-    for axes, (cfg, tau) in zip(panels.flat, itertools.product((1.0, 1.5), (0.9, best))):
-        for order, calls in CALLS.items():
-            curve = np.array([samplers.row(n, order, tau, cfg) for n in calls])        # [calls,seeds]
-            axes.plot(calls, curve.mean(1), marker=".", label=f"order {order}")
-            axes.fill_between(calls, curve.min(1), curve.max(1), alpha=0.2)
-        axes.set(title=f"tau {tau}, guidance {cfg:g}", xlabel="network calls", ylabel="Fréchet distance by the judge",
-                 xscale="log", yscale="log", xticks=CALLS[1], xticklabels=CALLS[1])
-        axes.minorticks_off()
+    figure, panels = pyplot.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex=True, sharey="row")
+    for column, tau in zip(panels.T, (0.9, best)):
+        for cfg, order in itertools.product((1.0, 1.5), CALLS):
+            curves = np.stack([samplers.row(n, order, tau, cfg) for n in CALLS[order]])    # [calls,seeds,5]
+            for axes, curve, name in zip(column, curves.transpose(2, 0, 1), FIGURES):
+                line, = axes.plot(CALLS[order], curve.mean(1), ".-" if cfg == 1 else ".:", color=f"C{order - 1}",
+                                  label=f"order {order}" + ", guided" * (cfg > 1))
+                axes.fill_between(CALLS[order], curve.min(1), curve.max(1), alpha=0.2, color=line.get_color())
+                axes.set(title=f"tau {tau}", ylabel=f"Fréchet distance, {name}", xscale="log", yscale="log")
+                axes.set_xticks(CALLS[1], CALLS[1], minor=False)
+                axes.minorticks_off()
+    for axes in panels[1]:
+        axes.set_xlabel("network calls")
     panels[0, 0].legend()
     figure.savefig("samplers.png", dpi=110)
     for cfg in SCALES:

@@ -132,7 +132,7 @@ def test_a_start_lies_on_the_path_from_the_noise_to_the_picture(trained, picture
     path, _, codes = picture
     seen = []
     follow = Purrception.sample
-    monkeypatch.setattr(Purrception, "sample", lambda f, y, **how: seen.append((f, how)) or follow(f, y, **how))
+    monkeypatch.setattr(Purrception, "sample", lambda f, y, n, **how: seen.append((f, how)) or follow(f, y, n, **how))
     a, b = make("a"), make("b", "--from", path, "--start", 0.25)
     (f, plain), (_, how) = seen
     assert how["start"] == 0.25 and "start" not in plain and (a != b).any()
