@@ -15,7 +15,6 @@ in_channels and x_embedder.
 Shapes: B batch, h w grid of codes, d code dimension, K codes, N tokens of G = p*p positions,
 D width.
 """
-import itertools
 import math
 
 import torch
@@ -148,25 +147,18 @@ class Purrception(nn.Module):
 
     @torch.no_grad()
     def sample(self, y, steps=100, tau=0.9, cfg=1.0, noise=None, order=1, interval=(0, 1),
-               start=0.0, known=None, resample=0, fresh=None):
+               start=0.0, known=None):
         """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w]: T Euler steps, T calls.
 
         The authors' release takes T - 1 steps and divides by 1 - t + 1e-6; here the last step lands
-        on mu. The other arguments go beyond the paper:
-        order: 2 extrapolates mu from the last two calls, see bend(). Ten steps are then enough.
-        interval: guide only while t is in it; elsewhere, a call costs half (arXiv 2404.07724).
-        start: the time at which `noise` lies on the path.
-        known: codes [B,h,w] that the result must have, -1 where it is free.
-        resample: times to repeat each step, going back by noise from fresh(), so that free codes
-        come to fit known ones (RePaint, arXiv 2201.09865).
+        on mu. Beyond the paper: order 2 extrapolates mu from two calls, see bend(), and needs about
+        ten steps. interval: times to guide at; elsewhere, a call costs half (arXiv 2404.07724).
+        start: the time at which `noise` lies on the path. known: codes to end in, -1 where free.
         """
         z = self.prior(len(y)) if noise is None else noise
         last = None                             # time and mu of the last call
-        for t, after in itertools.pairwise(times(steps, start, resample)):
-            if after < t:
-                z = back(z, t, after, fresh() if fresh else self.prior(len(y)))
-                last = None
-                continue
+        for s in range(steps):
+            t, after = (start + (1 - start) * i / steps for i in (s, s + 1))
             guidance = cfg if interval[0] <= t <= interval[1] else 1.0
             v = self.velocity(z, torch.full((len(y),), t, device=z.device), y, tau, guidance)
             if known is not None:
@@ -194,6 +186,16 @@ class Purrception(nn.Module):
                 distances = torch.addmm(e2, rows[some], E.T, alpha=-2)
                 codes[some] = distances.argmin(1)
         return codes.view(len(z), *z.shape[2:])
+
+
+def bend(t, after):
+    """Weigh the slope of mu in a step of order 2 from t to `after`.
+
+    With mu + slope (u - t) for mu, dz/du = (mu - z) / (1 - u) has as its solution an Euler step along
+    v + w slope, w = 1 - log(r) / (r - 1), r = (1 - t) / (1 - after). (As DEIS, arXiv 2204.13902.)
+    """
+    r = (1 - t) / (1 - after)
+    return 1 - math.log(r) / (r - 1)
 
 
 # ------------------------------ the baselines
@@ -301,35 +303,6 @@ class CodeEmbedder(nn.Embedding):
 
 
 OBJECTIVES = {"purrception": Purrception, "cfm": CFM, "dfm": DFM}
-
-
-# ------------------------------ time
-
-def times(steps, start=0.0, resample=0):
-    """List the times to visit, from start to 1: after each step, go back `resample` times."""
-    visited = [start]
-    for s in range(steps):
-        t, after = (start + (1 - start) * i / steps for i in (s, s + 1))
-        visited += [after] + [t, after] * resample
-    return visited
-
-
-def back(z, t, earlier, noise):
-    """Go from z at time t back to an earlier time: draw z_earlier given z_t, with fresh noise."""
-    ratio = earlier / t
-    spread = math.sqrt((1 - earlier) ** 2 - (ratio * (1 - t)) ** 2)
-    return ratio * z + spread * noise
-
-
-def bend(t, after):
-    """Weigh the slope of mu in a step of order 2 from t to `after`.
-
-    dz/dt = (mu - z) / (1 - t) is linear in z. With mu(u) = mu + slope (u - t), its solution is an
-    Euler step along v + w slope, w = 1 - log(r) / (r - 1), r = (1 - t) / (1 - after). (DEIS, arXiv
-    2204.13902, has this form for diffusion models.)
-    """
-    r = (1 - t) / (1 - after)
-    return 1 - math.log(r) / (r - 1)
 
 
 # ------------------------------ tokens and positions

@@ -7,9 +7,9 @@
 
 Beyond the paper:
 
-    python sample.py --steps 10 --order 2           ten network calls instead of a hundred
-    python sample.py --from cat.jpg --start 0.5     variations of a picture, one for each class
-    python sample.py --from cat.jpg --keep 0 0 64 32 --resample 4           a new lower half
+    python sample.py --steps 10 --order 2                                   ten network calls for a hundred
+    python sample.py --from cat.png --start 0.5                             variations of a picture
+    python sample.py --from cat.png --keep 0 0 64 32 --resample 4           a new lower half for it
 
 Image i depends only on the checkpoint, the flags and (seed, i), in bf16 up to rounding: it has its own noise,
 and classes are used in turn. So one process or eight make the same images, and an interrupted run goes on.
@@ -142,7 +142,7 @@ def parse(argv):
     add("--start", type=number(float, 0, 1), default=0.0, metavar="t", help="time to start at; 0: noise")
     add("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
         help="box of its pixels to keep, rounded outwards to whole codes")
-    add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats of a step, to fit the box")
+    add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats from later and later times, to fit the box")
     add = parser.add_argument_group("speed").add_argument
     add("--per-proc-batch-size", type=number(int, 1), default=64, metavar="N", help="images in a batch")
     add("--compile", action="store_true", help="torch.compile the transformer's blocks")
@@ -161,11 +161,21 @@ def parse(argv):
 def check(parser, args, ckpt, settings, beyond):
     """Exit with code 2 if the run cannot do what the flags ask for."""
     if settings.objective == "dfm" and beyond:
-        parser.error(f"{ckpt} was trained with --objective dfm, which takes no flags beyond the paper")
+        parser.error(f"{ckpt} was trained with --objective dfm, which takes no flags beyond the paper's")
     if settings.objective == "cfm" and args.tau:
         parser.error(f"--tau: {ckpt} was trained with --objective cfm and has no posterior; leave --tau out")
     if settings.label_dropout == 0 and args.cfg_scale != 1:
         parser.error(f"--cfg-scale: {ckpt} was trained with --label-dropout 0; leave it at 1")
+
+
+def speed_up(model, args, device):
+    """Apply --bf16 and --compile. Return whether to use bf16."""
+    bf16 = device.type == "cuda" and bf16_is_fast(device) if args.bf16 is None else args.bf16
+    if bf16:
+        model.blocks.bfloat16()                 # else autocast casts the weights in every call
+    if args.compile:
+        compile_blocks(model)
+    return bf16
 
 
 @torch.inference_mode()
@@ -178,29 +188,26 @@ def main(argv=None):
     check(parser, args, ckpt, settings, beyond)
     classes = pick_classes(args.classes, data.meta["classes"])
     taus = args.tau or [{"purrception": 0.9, "dfm": 1.0, "cfm": None}[settings.objective]]
-    bf16 = device.type == "cuda" and bf16_is_fast(device) if args.bf16 is None else args.bf16
-    if bf16:
-        flow.model.blocks.bfloat16()            # else autocast casts the weights anew in every call
-    if args.compile:
-        compile_blocks(flow.model)
+    bf16 = speed_up(flow.model, args, device)
     if args.picture:
-        codes, known = encode_picture(args, vq, data.meta["image_size"], device)
+        picture, known = encode_picture(args, vq, data.meta["image_size"], device)
 
     def draw(indices, tau=taus[0]):
         y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
-        fresh = noise_source(flow, indices, args.seed, device)
-        knobs = dict(noise=fresh(), cfg=args.cfg_scale)
+        knobs = dict(steps=args.steps, cfg=args.cfg_scale)
         if tau is not None:
             knobs["tau"] = tau
         if beyond:
             knobs |= dict(order=args.order, interval=args.interval)
-        if args.picture:
-            t = torch.full((len(y),), args.start, device=device)
-            knobs |= dict(noise=flow.path(knobs["noise"], codes, t), start=args.start, known=known,
-                          resample=args.resample, fresh=fresh)
+        noise = noise_source(flow, indices, args.seed, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            sampled = flow.sample(y, args.steps, **knobs)
-        return decode_pixels(vq, sampled)
+            if not args.picture:
+                return decode_pixels(vq, flow.sample(y, noise=noise(), **knobs))
+            codes = picture
+            for t in np.linspace(args.start, 1, args.resample + 2)[:-1].tolist():
+                z = flow.path(noise(), codes, torch.full((len(y),), t, device=device))
+                codes = flow.sample(y, noise=z, start=t, known=known, **knobs)
+        return decode_pixels(vq, codes)
 
     if len(taus) > 1:
         return save_temperatures(draw, taus, args) if rank == 0 else None

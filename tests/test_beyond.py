@@ -1,4 +1,4 @@
-"""What flow.sample does beyond the paper: steps of order 2, a guidance interval, given codes, going back.
+"""What flow.sample does beyond the paper: steps of order 2, a guidance interval, a later start, known codes.
 
 Shapes: B batch, h w grid, K codes, d code dimension.
 """
@@ -121,44 +121,14 @@ def euler(f, z, y, times):
 
 
 @pytest.mark.parametrize("order", [1, 2])
-@pytest.mark.parametrize("resample", [0, 2])
-def test_known_codes_stay_and_are_on_their_path_at_all_times(order, resample):
+def test_known_codes_stay_and_are_on_their_path_at_all_times(order):
     f, (z, _, y, codes) = method(), point()
     keep = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     keep[1:, :2] = True
     known = codes.where(keep, -1)
-    sampled = f.sample(y, 5, noise=z, known=known, order=order, resample=resample)
+    sampled = f.sample(y, 5, noise=z, known=known, order=order)
     assert sampled[:, keep].equal(codes[:, keep]) and not sampled.equal(codes)
     assert not sampled[:, ~keep].equal(f.sample(y, 5, noise=z, order=order)[:, ~keep])  # the free ones have seen them
-    if not resample:
-        for zs, ts, _ in f.model.calls[:5]:
-            on_path = f.path(z, codes, ts)
-            torch.testing.assert_close(zs[..., keep], on_path[..., keep], atol=1e-5, rtol=1e-5)
-
-
-def test_times_go_back_after_each_step_as_often_as_asked():
-    assert flow.times(2) == [0, 0.5, 1]
-    assert flow.times(2, start=0.5) == [0.5, 0.75, 1]
-    assert flow.times(2, resample=2) == [0, 0.5, 0, 0.5, 0, 0.5, 1, 0.5, 1, 0.5, 1]
-    assert len(flow.times(7, 0.3)) == 8 and flow.times(7, 0.3)[-1] == 1
-
-
-@pytest.mark.parametrize("t, earlier", [(1.0, 0.6), (0.7, 0.4), (0.2, 0.0)])
-def test_going_back_restores_the_distribution_on_the_path(t, earlier):
-    g = torch.Generator().manual_seed(0)
-    z0, noise = torch.randn(2, 200_000, generator=g)
-    z1 = 3.0
-    z = flow.back(t * z1 + (1 - t) * z0, t, earlier, noise)
-    assert z.mean() == pytest.approx(earlier * z1, abs=0.02)
-    assert z.std() == pytest.approx(1 - earlier, abs=0.01)
-
-
-def test_going_back_uses_the_noise_that_is_given():
-    f, (z, _, y, _) = method(), point()
-    def sources(seed):
-        g = torch.Generator().manual_seed(seed)
-        return lambda: f.prior(3, g)
-    first = landing(f, y, 3, noise=z, resample=1, fresh=sources(1))
-    assert len(f.model.calls) == 6
-    assert first.equal(landing(f, y, 3, noise=z, resample=1, fresh=sources(1)))
-    assert not first.equal(landing(f, y, 3, noise=z, resample=1, fresh=sources(2)))
+    for zs, ts, _ in f.model.calls[:5]:
+        on_path = f.path(z, codes, ts)
+        torch.testing.assert_close(zs[..., keep], on_path[..., keep], atol=1e-5, rtol=1e-5)
