@@ -151,9 +151,9 @@ class Purrception(nn.Module):
         """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w]: T Euler steps, T calls.
 
         The authors' release takes T - 1 steps and divides by 1 - t + 1e-6; here the last step lands
-        on mu. Beyond the paper: order 2 extrapolates mu from two calls, see bend(), and needs about
-        ten steps. interval: times to guide at; elsewhere, a call costs half (arXiv 2404.07724).
-        start: the time at which `noise` lies on the path. known: codes to end in, -1 where free.
+        on mu. Beyond the paper: order 2, see bend(), needs about ten steps; interval, the times to
+        guide at (arXiv 2404.07724); start, the time at which `noise` lies on the path; known, codes
+        to end in, -1 where free.
         """
         z = self.prior(len(y)) if noise is None else noise
         last = None                             # time and mu of the last call
@@ -189,10 +189,9 @@ class Purrception(nn.Module):
 
 
 def bend(t, after):
-    """Weigh the slope of mu in a step of order 2 from t to `after`.
+    """Weigh the slope of mu in a step of order 2 from t to `after` (as DEIS, arXiv 2204.13902).
 
-    With mu + slope (u - t) for mu, dz/du = (mu - z) / (1 - u) has as its solution an Euler step along
-    v + w slope, w = 1 - log(r) / (r - 1), r = (1 - t) / (1 - after). (As DEIS, arXiv 2204.13902.)
+    For mu + slope (u - t), dz/du = (mu - z) / (1 - u) is solved by an Euler step along v + w slope.
     """
     r = (1 - t) / (1 - after)
     return 1 - math.log(r) / (r - 1)
@@ -204,8 +203,7 @@ class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
 
     Path and network are Purrception's, but the head returns a velocity, d numbers per position.
-    There is no posterior, hence no tau. sample() takes cfg by keyword only, so that a tau cannot
-    pass for it.
+    There is no posterior, hence no tau, and sample() takes cfg by keyword only.
     """
 
     posterior = mean = None
@@ -328,9 +326,8 @@ CHUNK = 2 ** 22    # logits at a time, 16 MiB in float32. From 32 MiB on, malloc
 
 
 def chunk_rows(K, device):
-    """Return how many rows of K logits to hold at a time. A GPU needs large products: 256 MiB."""
-    logits = 16 * CHUNK if device.type == "cuda" else CHUNK
-    return max(1, logits // K)
+    """Return how many rows of K logits to hold at a time. A GPU wants large products: 256 MiB."""
+    return max(1, CHUNK * (16 if device.type == "cuda" else 1) // K)
 
 
 def chunks(N, G, K, device):

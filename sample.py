@@ -13,7 +13,7 @@ Beyond the paper:
 
 Image i depends only on the checkpoint, the flags and (seed, i), in bf16 up to rounding: it has its own noise,
 and classes are used in turn. So one process or eight make the same images, and an interrupted run goes on.
-samples.json records how they were made; samples.png is a contact sheet.
+samples.json records the flags; samples.png is a contact sheet.
 """
 import argparse
 import time
@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from train import (bf16_is_fast, build, compile_blocks, load_weights, newest_run, number, open_data, open_tokenizer,
-                   read_run, seeded)
+from train import (bf16_is_fast, build, compile_blocks, load_weights, newest_run, number, open_data,
+                   open_tokenizer, read_run, seeded)
 from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image, replacing, save_image,
                 start_process)
 
@@ -35,10 +35,7 @@ BEYOND = "order", "interval", "picture", "start", "keep", "resample"        # fl
 
 
 def load_run(path, device, data=None):
-    """Load a run: the method with averaged weights, the tokenizer, Data, args and step of a checkpoint.
-
-    data: the data directory, if it has moved since training.
-    """
+    """Load a checkpoint: the method with averaged weights, the tokenizer, Data, args and step."""
     ckpt = read_run(path)
     args = argparse.Namespace(**ckpt["args"])
     data = open_data(data or args.data)
@@ -61,7 +58,7 @@ def pick_classes(wanted, names):
 
 
 def noise_source(flow, indices, seed, device):
-    """Make a function that draws noise [B,d,h,w] from (seed, i): new at each call, alike on any device."""
+    """Make a function that draws noise [B,d,h,w] from (seed, i), new at each call."""
     generators = [seeded("cpu", seed, i) for i in indices]
     return lambda: torch.cat([flow.prior(1, generator) for generator in generators]).to(device)
 
@@ -73,8 +70,8 @@ def encode_picture(args, vq, size, device):
     if args.keep:
         x0, y0, x1, y1 = args.keep
         if not (0 <= x0 < x1 <= size and 0 <= y0 < y1 <= size):
-            raise InputError(f"--keep {x0} {y0} {x1} {y1}: not the left, top, right and bottom edge of a box "
-                             f"in a picture of {size}x{size} pixels")
+            raise InputError(f"--keep {x0} {y0} {x1} {y1}: not left, top, right and bottom of a box in "
+                             f"{size}x{size} pixels")
         f = vq.factor
         box = ..., slice(y0 // f, -(-y1 // f)), slice(x0 // f, -(-x1 // f))
         known[box] = codes[box]
@@ -82,7 +79,7 @@ def encode_picture(args, vq, size, device):
 
 
 def save_temperatures(draw, taus, args):
-    """Save one sheet: the first images at each temperature."""
+    """Save a sheet of the first images, a row for each temperature."""
     shown = range(min(args.num_samples, 10))
     rows = [draw(shown, tau) for tau in tqdm(taus, "temperatures")]
     save_image(f"{args.out}-temperatures.png", torch.cat(rows), len(shown))
@@ -106,7 +103,7 @@ def fill_folder(draw, args, rank, world):
 
 
 def finish_folder(paths, args, columns):
-    """Wait for all images; write the contact sheet and, if asked for, the .npz file."""
+    """Wait for all images; write the sheet and, if asked for, the .npz file."""
     while not all(path.exists() for path in paths):
         time.sleep(0.5)
     shown = np.stack([np.asarray(Image.open(path)) for path in paths[:SHOWN]])
@@ -142,7 +139,7 @@ def parse(argv):
     add("--start", type=number(float, 0, 1), default=0.0, metavar="t", help="time to start at; 0: noise")
     add("--keep", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"),
         help="box of its pixels to keep, rounded outwards to whole codes")
-    add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats from later and later times, to fit the box")
+    add("--resample", type=number(int, 0), default=0, metavar="R", help="repeats, to fit the box")
     add = parser.add_argument_group("speed").add_argument
     add("--per-proc-batch-size", type=number(int, 1), default=64, metavar="N", help="images in a batch")
     add("--compile", action="store_true", help="torch.compile the transformer's blocks")
@@ -161,9 +158,9 @@ def parse(argv):
 def check(parser, args, ckpt, settings, beyond):
     """Exit with code 2 if the run cannot do what the flags ask for."""
     if settings.objective == "dfm" and beyond:
-        parser.error(f"{ckpt} was trained with --objective dfm, which takes no flags beyond the paper's")
+        parser.error(f"{ckpt}: was trained with --objective dfm; only use the paper's flags")
     if settings.objective == "cfm" and args.tau:
-        parser.error(f"--tau: {ckpt} was trained with --objective cfm and has no posterior; leave --tau out")
+        parser.error(f"--tau: {ckpt} was trained with --objective cfm, without a posterior; leave it out")
     if settings.label_dropout == 0 and args.cfg_scale != 1:
         parser.error(f"--cfg-scale: {ckpt} was trained with --label-dropout 0; leave it at 1")
 

@@ -8,9 +8,8 @@ The defaults are the paper's; the data directory's recipe.txt overrides them, an
 both. A run writes runs/NAME/: ckpt.pt, the newest checkpoint; log.jsonl; and samples/, pictures by the
 averaged weights from fixed noise.
 
-The data order is a function of (seed, epoch), the noise of (seed, step), and each process takes its slice
-of both. So the number of processes and interruptions affect training only by rounding. On a CPU, resuming
-is exact.
+The data order depends on (seed, epoch), the noise on (seed, step), and each process takes its slice of both.
+So processes and interruptions affect training by rounding only. On a CPU, resuming is exact.
 
 Shapes: B global batch, b micro-batch of a process, N images, h w grid of codes.
 """
@@ -75,7 +74,7 @@ def open_data(path):
         raise InputError(f"--data {path}: cannot be read ({why}); encode the images again") from None
     if not (whole and typed and named):
         raise InputError(f"--data {path}: codes.npy, {codes.dtype} {codes.shape}, labels.npy, {labels.dtype} "
-                         f"{labels.shape}, and meta.json do not fit together; encode the images again")
+                         f"{labels.shape}, meta.json do not fit together; encode the images again")
     return Data(path, meta, codes, twins, labels, np.flatnonzero(labels >= 0))
 
 
@@ -116,7 +115,7 @@ def load_batch(data, rows, mirror, device):
 
 
 def fetch(data, args, step, mine, device):
-    """Load a process's slice `mine` of the batch of a step."""
+    """Load a process's slice of the batch of a step."""
     B = args.global_batch_size
     rows = data.rows[batch_rows(len(data.rows), B, args.seed, step)[mine]]
     mirror = np.random.default_rng((args.seed, step, 1)).random(B)[mine] < 0.5
@@ -154,11 +153,8 @@ def bf16_is_fast(device):
 
 
 def compile_blocks(model):
-    """Compile a DiT block by block: one graph serves all, and gradients arrive one block at a time.
-
-    So DDP sums them up during the backward pass, without cutting graphs to that end.
-    """
-    torch._dynamo.config.optimize_ddp = False
+    """Compile a DiT block by block: one graph serves all, and DDP gets gradients one by one."""
+    torch._dynamo.config.optimize_ddp = False   # it would cut the graph
     for block in model.blocks:
         block.compile()
 
@@ -322,7 +318,7 @@ def paint(flow, vq, args, path):
     columns, device = min(10, flow.model.num_classes), flow.codebook.device
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.prior(len(y), seeded(device, args.seed))
-    cfg = args.sample_cfg if args.label_dropout else 1.0    # else "no class" is untrained
+    cfg = 1.3 if args.label_dropout else 1.0    # else "no class" is untrained
     few = dict(steps=50) if args.objective == "dfm" else dict(steps=10, order=2)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         codes = flow.sample(y, cfg=cfg, noise=noise, **few)
@@ -371,7 +367,6 @@ def flags():
     add("--ckpt-every", type=count, default=25_000, help="steps between checkpoints")
     add("--keep-every", type=whole, default=0, help="steps between numbered checkpoints; 0: none")
     add("--sample-every", type=whole, default=5000, help="steps between sample pictures; 0: none")
-    add("--sample-cfg", type=real, default=1.3, help="guidance scale of those pictures")
     return parser
 
 

@@ -218,7 +218,7 @@ def read_checkpoint(path):
     """Read a torch.save file, zip or legacy, onto the CPU. Raises InputError if unsafe or damaged.
 
     weights_only=True stops at the first name that tensors do not need. If it is a trainer's, a stub
-    replaces it and the file is read again. A zip file's tensors stay on disk until used.
+    replaces it. A zip file's tensors stay on disk until used.
     """
     stubs = {}
     while True:
@@ -308,10 +308,7 @@ def decode_pixels(vq, codes):
 
 
 def open_image(path, size):
-    """Read a picture as uint8 [size,size,3]: upright, RGB, cropped as in openai/guided-diffusion (ADM).
-
-    Raises InputError if it is unreadable.
-    """
+    """Read a picture as uint8 [size,size,3]: upright, RGB, cropped as ADM does. Raises InputError."""
     try:
         with Image.open(path) as image:
             image.load()
@@ -324,7 +321,7 @@ def open_image(path, size):
         raise InputError(f"{path}: unreadable ({error}); repair it or use another") from None
 
 
-def crop(image, size):
+def crop(image, size):                          # openai/guided-diffusion
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
@@ -346,7 +343,7 @@ def sheet(pixels, columns):
 
 @contextlib.contextmanager
 def replacing(path):
-    """Open a file for writing that becomes `path` once complete. Raises InputError on failure."""
+    """Open a file that becomes `path` once complete. Raises InputError on failure."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -365,7 +362,7 @@ def replacing(path):
 
 
 def save_image(path, pixels, columns=None):
-    """Write uint8 [H,W,3], tensor or array, as a PNG file; [B,H,W,3] as a sheet of so many columns."""
+    """Write uint8 [H,W,3] as a PNG file; [B,H,W,3] as a sheet of so many columns."""
     pixels = sheet(pixels, columns) if columns else np.asarray(pixels)
     with replacing(path) as file:
         Image.fromarray(pixels).save(file, "PNG")
@@ -380,7 +377,7 @@ def read_json(path):
 
 
 def start_process():
-    """Return rank, world size and device, as torchrun sets them; make Ctrl-C exit cleanly."""
+    """Return rank, world size and device, as torchrun sets them. Ctrl-C then exits cleanly."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; run the same command to continue"))
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     torch.set_float32_matmul_precision("highest")           # NVIDIA's containers allow TF32: it changes codes
@@ -432,7 +429,7 @@ def list_images(root):
 def read_pictures(rows, paths, args, title):
     """Yield each batch of rows, its pictures uint8 [B,size,size,3], and its unreadable rows.
 
-    Threads read ahead. An unreadable file raises InputError or, with --skip-bad, gives a black picture.
+    Threads read ahead. An unreadable file raises InputError; with --skip-bad, it is black.
     """
     bad = set()
     def read(i):
@@ -440,7 +437,7 @@ def read_pictures(rows, paths, args, title):
             return open_image(paths[i], args.size)
         except InputError as error:
             if not args.skip_bad:
-                raise InputError(f"{error}, or --skip-bad" if args.images else error) from None
+                raise InputError(f"{error}, or --skip-bad") from None
             tqdm.write(f"skipped {error}")
             bad.add(i)
             return np.zeros((args.size, args.size, 3), np.uint8)
@@ -504,11 +501,11 @@ def encode_folder(args, vq, device):
 
 def reconstruct(args, vq, device):
     """Write original | reconstruction of each picture, and print its PSNR in dB."""
-    args.batch_size = 1                         # rounding depends on the batch
-    for (i,), original, _ in read_pictures(range(len(args.reconstruct)), args.reconstruct, args, "decode"):
+    for i, path in enumerate(args.reconstruct):
+        original = open_image(path, args.size)[None]
         again = decode_pixels(vq, vq.encode(from_pixels(original).to(device))).numpy()
         mse = np.square(original.astype(float) - again).mean()
-        target = (args.out or Path("reconstructions")) / f"{i:03d}-{args.reconstruct[i].stem}.png"
+        target = (args.out or Path("reconstructions")) / f"{i:03d}-{path.stem}.png"
         save_image(target, [*original, *again], columns=2)
         print(f"{target}: PSNR {10 * math.log10(255 ** 2 / mse) if mse else math.inf:.2f} dB")
 
