@@ -213,14 +213,13 @@ def save_checkpoint(path, flow, ema, opt, step, args):
         os.fsync(file.fileno())                 # on disk before it takes the name
 
 
-def open_log(path, step):
-    """Open log.jsonl for appending; drop lines beyond `step`, which a killed run may have left."""
+def trim_log(path, step):
+    """Drop the lines of log.jsonl beyond `step`, which a killed run may have left."""
     lines = path.read_text().splitlines(True) if path.exists() else []
     with replacing(path) as file:
         for line in lines:
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 file.write(line.encode())
-    return open(path, "a", buffering=1)
 
 
 # ------------------------------ the loop
@@ -245,7 +244,8 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         compile_blocks(flow.model)
     ddp = flow if world == 1 else DistributedDataParallel(
         flow, gradient_as_bucket_view=True, broadcast_buffers=False)
-    log = open_log(run / "log.jsonl", start) if rank == 0 else None
+    if rank == 0:
+        trim_log(run / "log.jsonl", start)
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
     stop = []                                   # Ctrl-C or SIGTERM fill it: finish the step, save
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -287,7 +287,8 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         seconds += time.perf_counter() - tick   # without pictures and checkpoints
         if rank == 0 and (done == 1 or done % args.log_every == 0):
             record = dict(zip(("loss", *parts), means), grad_norm=grad_norm.item(), lr=lr)
-            log.write(json.dumps({"step": done, **record, "images_per_second": seen / seconds}) + "\n")
+            with open(run / "log.jsonl", "a") as log:
+                log.write(json.dumps({"step": done, **record, "images_per_second": seen / seconds}) + "\n")
             bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{seen / seconds:.0f}/s", refresh=False)
             seen = seconds = 0
         if rank == 0:

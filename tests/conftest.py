@@ -19,6 +19,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Hide the GPUs, before anything looks for them, from every run but that of `pytest -m gpu`: the rest is about the CPU."""
     config.addinivalue_line("markers", "gpu: needs a GPU; chosen by -m gpu")
+    config.addinivalue_line("markers", "slow: takes many seconds; left out by -m 'not slow'")
+    config.addinivalue_line("filterwarnings", "error")
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 

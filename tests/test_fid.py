@@ -466,6 +466,7 @@ def test_unfinished_samples_are_refused(samples, capsys):
 
 # ------------------------------ refusals
 
+@pytest.mark.filterwarnings("ignore:Exception ignored in")          # numpy leaves the file open that is no archive
 def test_every_bad_input_is_refused_in_one_sentence(pair, capsys):
     Path("empty").mkdir()
     for name, n in (("one", 1), ("mixed", 3), ("text", 3), ("cut", 3)):
