@@ -531,6 +531,7 @@ def test_torchrun_is_refused(pair, capsys, monkeypatch):
     assert "torchrun" in refused(capsys, "a", "--ref", "b")
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_threads_read_ends_in_one_line(pair):
     program = """if True:
         import os, runpy, signal

@@ -270,6 +270,7 @@ def test_a_folder_that_cannot_be_filled_is_refused_by_name(trained, out):
     assert Path("file").read_text() == "valuable"
 
 
+@pytest.mark.slow
 def test_the_documented_commands_work_one_after_the_other(tmp_path, tiny_data):
     def run(*command):
         result = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True, timeout=120,
@@ -296,6 +297,7 @@ def test_a_wrong_input_is_one_line_and_exit_code_1(tmp_path):
         assert "nowhere" in result.stderr or "runs/" in result.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_the_same_command_goes_on(trained):
     command = [sys.executable, ROOT / "sample.py", "--data", "tiny", "--num-samples", "300", "--per-proc-batch-size", "1", "--steps", "50",
                "--out", "a", "--ckpt", "runs/demo/ckpt.pt"]

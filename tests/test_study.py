@@ -49,6 +49,7 @@ def test_the_path_may_be_followed_through_any_times(small):
     assert study.follow(f, z0, y, [0.0, 0.1, 0.5, 1.0], 0.9).equal(f.nearest(z))
 
 
+@pytest.mark.slow
 def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkeypatch):
     def answers():
         it = small()

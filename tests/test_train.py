@@ -255,7 +255,7 @@ def test_a_mirrored_twin_is_drawn_where_asked(tiny_data):
     codes = np.load(tiny_data / "codes.npy")
     np.save(tiny_data / "codes_flip.npy", codes + 1)
     data = train.open_data(tiny_data)
-    got, y = train.load_batch(data, np.array([3, 5]), np.array([True, False]), "cpu")
+    got, y = train.load_batch(data, np.array([3, 5]), np.array([True, False]), torch.device("cpu"))
     assert (got[0].numpy() == codes[3] + 1).all() and (got[1].numpy() == codes[5]).all()
     assert (y.numpy() == data.labels[[3, 5]]).all()
 

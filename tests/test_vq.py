@@ -1113,6 +1113,7 @@ def test_a_wrong_input_ends_the_command_with_one_line_and_exit_code_1(images, tm
     assert re.fullmatch(r".*nowhere\.pt: .*\n", errors)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_command_with_one_line_and_exit_code_1(images, tiny_file, tmp_path):
     folder, codes = many(images, tmp_path / "many", 2000), tmp_path / "out" / "codes.npy"
     process = start(command(folder, "--out", tmp_path / "out", file=tiny_file, batch_size=1))
