@@ -17,7 +17,7 @@ import vq
 from flow import Purrception
 from model import DiT
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]    # the compiler warns of exact float32
 K, d, SIDE, CLASSES = 512, 4, 16, 10
 
 
