@@ -388,11 +388,30 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dh, dW, db, None, None, None
 
 
+def softmax_part(logits, c, z_weight):
+    """Return log sum_k exp logit_k, the logit of c, scale [n,1] each, and the gradient / scale [n,K].
+
+    The gradient overwrites the logits. scale is left to the smaller factors of its products.
+    """
+    top = logits.amax(1, keepdim=True)
+    logit_c = logits.gather(1, c)
+    pi = torch.softmax(logits, 1, out=logits)   # in place
+    lse = top - pi.amax(1, keepdim=True).log()  # the largest pi is exp(top - lse)
+    scale = 1 + 2 * z_weight * lse
+    return lse, logit_c, scale, pi.scatter_add_(1, c, -1 / scale)
+
+
+def compile_loss():
+    """Compile softmax_part: one or two passes over the logits instead of six."""
+    global softmax_part
+    softmax_part = torch.compile(softmax_part)
+
+
 def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
     """Compute ce and z as linear_cross_entropy does and, if wanted, the gradients of ce + z.
 
-    The gradient with respect to a position's logits is pi (1 + 2 z_weight lse) - onehot(c). It
-    overwrites the logits, adds to the gradients of h, weight and bias, and is dropped.
+    The gradient with respect to a position's logits, pi (1 + 2 z_weight lse) - onehot(c), adds to
+    those of h, weight and bias, and is dropped.
     """
     exact = torch.promote_types(dtype, torch.float32)       # float32 island; float64 stays
     P = target.numel()
@@ -412,20 +431,15 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
         for some, g in chunks(len(rows), G, K, h.device):
             x = rows[some]                                  # [n,D]
             c = target[some, g, None]                       # [n,1]
-            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)]).to(exact)  # [n,K]
-            top = logits.amax(1, keepdim=True)
-            logit_c = logits.gather(1, c)
-            pi = torch.softmax(logits, 1, out=logits)       # in place
-            lse = top - pi.amax(1, keepdim=True).log()      # the largest pi is exp(top - lse)
+            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)])   # [n,K]
+            lse, logit_c, scale, grad = softmax_part(logits.to(exact), c, z_weight)
             ce += (lse - logit_c).sum()                     # -log pi_c
             z_part += z_weight * lse.square().sum()
             if wanted:
-                scale = 1 + 2 * z_weight * lse              # [n,1], applied to the smaller factors
-                pi.scatter_add_(1, c, -1 / scale)           # now scale * pi is the gradient
-                db[g] += (pi.T @ scale).squeeze(1)
-                pi = pi.to(dtype)
-                dh[some] += scale * (pi @ W[g])
-                dW[g] += pi.T @ (scale * x).to(dtype)
+                db[g] += (grad.T @ scale).squeeze(1)
+                grad = grad.to(dtype)
+                dh[some] += scale * (grad @ W[g])
+                dW[g] += grad.T @ (scale * x).to(dtype)
 
     gradients = None
     if wanted:

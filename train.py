@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from flow import OBJECTIVES
+from flow import OBJECTIVES, compile_loss
 from model import SIZES, DiT
 from vq import (InputError, decode_pixels, load_vq, read_checkpoint, read_json, replacing, save_image,
                 start_process)
@@ -153,10 +153,11 @@ def bf16_is_fast(device):
 
 
 def compile_blocks(model):
-    """Compile a DiT block by block: one graph serves all, and DDP gets gradients one by one."""
+    """Compile a DiT block by block, and the loss. One graph serves all; DDP gets gradients one by one."""
     torch._dynamo.config.optimize_ddp = False   # it would cut the graph
     for block in model.blocks:
         block.compile()
+    compile_loss()
 
 
 @torch.no_grad()
@@ -363,7 +364,7 @@ def flags():
     add("--label-dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="seed of weights, data order and noise")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
-    add("--compile", action=switch, default=False, help="torch.compile the transformer's blocks")
+    add("--compile", action=switch, default=False, help="torch.compile the blocks and the loss")
     add("--log-every", type=count, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=count, default=25_000, help="steps between checkpoints")
     add("--keep-every", type=whole, default=0, help="steps between numbered checkpoints; 0: none")
