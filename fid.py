@@ -301,7 +301,7 @@ def measure(path, features, net, args):
         except Exception as error:
             raise InputError(f"{path}: not a folder or .npz of images (arr_0) or statistics (mu, sigma) "
                              f"of {features} features ({type(error).__name__}: {error})") from None
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:]:
             raise InputError(f"{path}: arr_0 is {images.dtype} {images.shape}; it must be uint8 [N,H,W,3]")
         batches = (images[i:i + args.batch_size] for i in range(0, len(images), args.batch_size))
     if len(images) < 2:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from train import (bf16_is_fast, build, compile_blocks, load_weights, newest_run, number, open_data,
+from train import (bf16_is_fast, build, compile_blocks, flags, load_weights, newest_run, number, open_data,
                    open_tokenizer, read_run, seeded)
 from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image, replacing, save_image,
                 start_process)
@@ -37,7 +37,7 @@ BEYOND = "order", "interval", "picture", "start", "keep", "resample"        # fl
 def load_run(path, device, data=None):
     """Load a checkpoint: the method with averaged weights, the tokenizer, Data, args and step."""
     ckpt = read_run(path)
-    args = argparse.Namespace(**ckpt["args"])
+    args = argparse.Namespace(**vars(flags().parse_args([])) | ckpt["args"])
     data = open_data(data or args.data)
     vq = open_tokenizer(data, device)
     with torch.device("meta"):                  # the checkpoint has the weights

@@ -66,13 +66,14 @@ def open_data(path):
         twins = np.load(flipped, mmap_mode="r") if flipped.exists() else codes
         labels = np.load(path / "labels.npy")
         N, side, _ = codes.shape
-        whole = codes.shape == twins.shape == (N, side, side) and labels.shape == (N,)
+        whole = codes.shape == twins.shape == (N, side, side) and labels.shape == (N,) and side > 0
         typed = codes.dtype == twins.dtype == np.uint16 and labels.dtype.kind in "iu"
-        named = 0 <= labels.max() < len(meta["classes"]) and isinstance(meta["tokenizer"], str)
+        named = all(isinstance(name, str) for name in (meta["tokenizer"], *meta["classes"]))
+        known = 0 <= labels.max() < len(meta["classes"])
     except Exception as error:                  # damaged headers fail in many ways
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"--data {path}: cannot be read ({why}); encode the images again") from None
-    if not (whole and typed and named):
+    if not (whole and typed and named and known):
         raise InputError(f"--data {path}: codes.npy, {codes.dtype} {codes.shape}, labels.npy, {labels.dtype} "
                          f"{labels.shape}, meta.json do not fit together; encode the images again")
     return Data(path, meta, codes, twins, labels, np.flatnonzero(labels >= 0))
@@ -190,7 +191,8 @@ def new_run(name):
 
 def read_run(path):
     ckpt = read_checkpoint(path)
-    if not isinstance(ckpt, dict) or not {"ema", "args", "step"} <= set(ckpt):
+    kinds = dict(ema=dict, args=dict, step=int)
+    if not isinstance(ckpt, dict) or not all(isinstance(ckpt.get(key), kinds[key]) for key in kinds):
         raise InputError(f"{path}: not a checkpoint of train.py; give a runs/NAME/ckpt.pt")
     return ckpt
 
@@ -200,7 +202,7 @@ def load_weights(path, *pairs):
     try:
         for target, state in pairs:
             target.load_state_dict(state)
-    except (KeyError, RuntimeError, ValueError) as error:
+    except Exception as error:                  # other shapes, other types
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: does not fit these flags or data ({why}); use its own") from None
 
@@ -223,10 +225,21 @@ def trim_log(path, step):
                 file.write(line.encode())
 
 
+def append_line(path, line):
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error})") from None
+
+
 # ------------------------------ the loop
 
-def train(args, data, vq, ckpt, run, rank, world, device):
-    """Train from the checkpoint ckpt, or from scratch if it is None, until args.steps or a signal."""
+def train(args, data, vq, ckpt, run, rank, world, device, bar):
+    """Train from the checkpoint ckpt, or from scratch if it is None, until args.steps or a signal.
+
+    Returns the number of steps done.
+    """
     B = args.global_batch_size
     share = B // world                          # images per process
     b = share // args.accumulate
@@ -247,7 +260,6 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         flow, gradient_as_bucket_view=True, broadcast_buffers=False)
     if rank == 0:
         trim_log(run / "log.jsonl", start)
-    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
     stop = []                                   # Ctrl-C or SIGTERM fill it: finish the step, save
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
@@ -288,18 +300,15 @@ def train(args, data, vq, ckpt, run, rank, world, device):
         seconds += time.perf_counter() - tick   # without pictures and checkpoints
         if rank == 0 and (done == 1 or done % args.log_every == 0):
             record = dict(zip(("loss", *parts), means), grad_norm=grad_norm.item(), lr=lr)
-            with open(run / "log.jsonl", "a") as log:
-                log.write(json.dumps({"step": done, **record, "images_per_second": seen / seconds}) + "\n")
+            record = {"step": done, **record, "images_per_second": seen / seconds}
+            append_line(run / "log.jsonl", json.dumps(record))
             bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{seen / seconds:.0f}/s", refresh=False)
             seen = seconds = 0
         if rank == 0:
             save_due(run, done, stopping, flow, average, opt, vq, args)
         if stopping:
             break
-    if rank == 0:
-        bar.close()
-        advice = "sample.py" if done == args.steps else f"train.py --name {run.name} --resume"
-        print(f"{run}/ckpt.pt: {done} of {args.steps} steps; next: python {advice}")
+    return done
 
 
 def save_due(run, done, stopping, flow, average, opt, vq, args):
@@ -389,7 +398,7 @@ def parse(argv=None):
         words = [f"@{recipe}", *words]
     try:
         args = parser.parse_args(words)
-    except UnicodeDecodeError as error:
+    except (ValueError, RecursionError) as error:
         parser.error(f"{recipe}: not a text file of flags ({error})")
     return args, run, ckpt
 
@@ -414,7 +423,12 @@ def main(argv=None):
     if world > 1:                               # an hour: process 0 may be saving or sampling
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
-    train(argparse.Namespace(**settings), data, vq, ckpt, run, rank, world, device)
+    start = ckpt["step"] if ckpt else 0
+    with tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02) as bar:
+        done = train(argparse.Namespace(**settings), data, vq, ckpt, run, rank, world, device, bar)
+    if rank == 0:
+        advice = "sample.py" if done == args.steps else f"train.py --name {run.name} --resume"
+        print(f"{run}/ckpt.pt: {done} of {args.steps} steps; next: python {advice}")
     if world > 1:
         dist.barrier()                          # NCCL's groups must be destroyed together
         dist.destroy_process_group()

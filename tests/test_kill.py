@@ -287,13 +287,11 @@ def test_a_full_disk_while_training_is_one_sentence_and_the_checkpoint_before_is
     assert_same(job.result(tmp_path)["ckpt.pt"]["model"], torch.load(trained, weights_only=True)["model"])
 
 
-@pytest.mark.xfail(reason="train.py leaves its progress bar open", strict=True)
 def test_the_sentence_stands_on_a_line_of_its_own_below_the_progress_bar(start, tmp_path, tiny_data):
     process = start(tmp_path, *Train(tiny_data).command(tmp_path), limit=10 ** 4).wait()
     assert process.errors[0].splitlines()[-1].startswith("runs/a/ckpt.pt: cannot be written")
 
 
-@pytest.mark.xfail(reason="log.write raises OSError: a traceback", strict=True)
 def test_a_disk_too_full_for_a_line_of_the_log_is_one_sentence(start, tmp_path, tiny_data):
     job, log = Train(tiny_data), tmp_path / "runs/a/log.jsonl"
     assert start(tmp_path, *job.command(tmp_path), "--steps", 2).wait().code == 0

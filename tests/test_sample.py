@@ -93,7 +93,8 @@ def test_the_sidecar_holds_what_repeats_the_images(trained, tiny_data):
     assert record["data"] == str(tiny_data) and record["step"] == 24 and record["num_samples"] == 6
     assert record["reference"] == str(tiny_data / "reference.npz") and record["features"] == "untrained"
     assert (record["tau"], record["cfg_scale"], record["steps"], record["seed"], record["classes"]) == (0.8, 1.5, 3, 0, [0, 1, 2])
-    assert Image.open("a.png").size == (3 * 34, 2 * 34)
+    with Image.open("a.png") as page:
+        assert page.size == (3 * 34, 2 * 34)
 
 
 def test_several_temperatures_make_one_sheet_with_the_same_noise_in_a_column(trained):
