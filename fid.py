@@ -69,13 +69,13 @@ class Branches(nn.ModuleDict):
 
 
 Chain = nn.Sequential
-MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)       # as TensorFlow: without the padding
+MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # as TensorFlow: without the padding
 MAX = nn.MaxPool2d(3, 1, 1)
 HALVE = nn.MaxPool2d(3, 2)
 DOWN = dict(stride=2, padding="valid")
 
 
-def block_a(c, c_pool):                         # Mixed_5b, 5c, 5d
+def block_a(c, c_pool):  # Mixed_5b, 5c, 5d
     return Branches({
         "branch1x1": Conv(c, 64, 1),
         "branch5x5": Chain(Conv(c, 48, 1), Conv(48, 64, 5)),
@@ -83,14 +83,14 @@ def block_a(c, c_pool):                         # Mixed_5b, 5c, 5d
         "branch_pool": Chain(MEAN, Conv(c, c_pool, 1))})
 
 
-def block_b(c):                                 # Mixed_6a
+def block_b(c):  # Mixed_6a
     return Branches({
         "branch3x3": Conv(c, 384, 3, **DOWN),
         "branch3x3dbl": Chain(Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, **DOWN)),
         "pool": HALVE})
 
 
-def block_c(c, m):                              # Mixed_6b to 6e
+def block_c(c, m):  # Mixed_6b to 6e
     return Branches({
         "branch1x1": Conv(c, 192, 1),
         "branch7x7": Chain(Conv(c, m, 1), Conv(m, m, (1, 7)), Conv(m, 192, (7, 1))),
@@ -99,7 +99,7 @@ def block_c(c, m):                              # Mixed_6b to 6e
         "branch_pool": Chain(MEAN, Conv(c, 192, 1))})
 
 
-def block_d(c):                                 # Mixed_7a
+def block_d(c):  # Mixed_7a
     return Branches({
         "branch3x3": Chain(Conv(c, 192, 1), Conv(192, 320, 3, **DOWN)),
         "branch7x7x3": Chain(
@@ -107,7 +107,7 @@ def block_d(c):                                 # Mixed_7a
         "pool": HALVE})
 
 
-def block_e(c, pool):                           # Mixed_7b with MEAN, Mixed_7c with MAX
+def block_e(c, pool):  # Mixed_7b with MEAN, Mixed_7c with MAX
     def fork():
         return Branches({"a": Conv(384, 384, (1, 3)), "b": Conv(384, 384, (3, 1))})
 
@@ -146,7 +146,7 @@ class InceptionV3(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     @torch.inference_mode()
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.uint8:
             raise TypeError(f"InceptionV3 takes uint8 pixels from 0 to 255, not {x.dtype}")
         x = (resize(x.float()) - 128) / 128     # [B,3,299,299]
@@ -197,13 +197,13 @@ def our_name(key):
     return key.replace(step[0], f"{step[1]}.{int(step[2]) - 1}.{fork}")
 
 
-def load_inception(path=None):
+def load_inception(path: str | Path | None = None) -> InceptionV3:
     """Load a frozen InceptionV3 with the published weights of path, torch's hub cache or a download.
 
     Raises InputError if the file does not fit exactly.
     """
     twin = Path(torch.hub.get_dir(), "checkpoints", "pt_inception-2015-12-05-6726825d.pth")
-    path = path or (twin if twin.exists() else None)        # pytorch-fid's name
+    path = path or (twin if twin.exists() else None)  # pytorch-fid's name
     net = InceptionV3()
     safely = dict(map_location="cpu", weights_only=True)
     try:
@@ -212,7 +212,7 @@ def load_inception(path=None):
         else:
             state = torch.hub.load_state_dict_from_url(URL, check_hash=True, **safely)
         net.load_state_dict({our_name(key): value.float() for key, value in state.items()})
-    except Exception as error:                  # offline, damaged, or another network's
+    except Exception as error:  # offline, damaged, or another network's
         why = " ".join(f"{type(error).__name__}: {error}".split("WeightsUnpickler")[0].split())[:200]
         raise InputError(f"{path or URL}: cannot be loaded ({why}); get {URL} and use --weights") from None
     return net.freeze()
@@ -238,7 +238,7 @@ def statistics(features):
     return mu, x.T @ x / (len(x) - 1)
 
 
-def frechet_distance(mu1, sigma1, mu2, sigma2):
+def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
     """Compute FID from means [D] and covariances [D,D], in float64.
 
     For any R with R R^T = S1, the eigenvalues of S1 S2 are those of R^T S2 R, and zeros. They are real, as
@@ -256,7 +256,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     R[pivots - 1] = np.tril(factor)[:, :rank]
     tr_sqrt = np.sqrt(linalg.eigvalsh(R.T @ sigma2 @ R).clip(min=0)).sum()
     distance = np.square(mu1 - mu2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * tr_sqrt
-    return max(float(distance), 0.0)            # a set against itself may round to -1e-12
+    return max(float(distance), 0.0)  # a set against itself may round to -1e-12
 
 
 # ------------------------------ sets of images
@@ -265,7 +265,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
-    except Exception as error:                  # Pillow raises many kinds
+    except Exception as error:  # Pillow raises many kinds
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
 
@@ -334,7 +334,7 @@ def recorded(samples):
         record = json.loads(path.read_text())
         ours = record["features"] in LABELS and "reference" in record and record["num_samples"] > 0
         return record if ours else {}
-    except Exception:                           # no file, or another program's
+    except Exception:  # no file, or another program's
         return {}
 
 
@@ -355,7 +355,7 @@ def compare(args):
             raise InputError(f"{path}: no such file or folder")
 
     @functools.cache
-    def net():                                  # not needed for statistics alone
+    def net():  # not needed for statistics alone
         network = untrained_inception() if features == "untrained" else load_inception(args.weights)
         return network.to(args.device)
 

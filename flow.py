@@ -19,7 +19,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
 class Purrception(nn.Module):
@@ -30,7 +30,7 @@ class Purrception(nn.Module):
     "no class", for guidance.
     """
 
-    def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
+    def __init__(self, model: nn.Module, codebook: Tensor, z_loss=1e-5, label_dropout=0.1):
         super().__init__()
         self.model = model
         self.z_loss = z_loss
@@ -65,7 +65,7 @@ class Purrception(nn.Module):
         t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
         return t, self.prior(B, generator), drop < self.label_dropout
 
-    def forward(self, codes, y, generator=None, noise=None):
+    def forward(self, codes: Tensor, y: Tensor, generator=None, noise=None) -> tuple[Tensor, dict]:
         """Compute the training loss of codes [B,h,w] of classes y [B].
 
         noise: what noise() returns; by default, it is drawn with the generator.
@@ -78,7 +78,7 @@ class Purrception(nn.Module):
         y = y.masked_fill(drop, self.model.num_classes)
         return self.loss(z, t, y, codes)
 
-    def loss(self, z, t, y, codes):
+    def loss(self, z: Tensor, t: Tensor, y: Tensor, codes: Tensor) -> tuple[Tensor, dict]:
         """Compute -log pi_c + z-loss (Eq. 14) at the point z [B,d,h,w] of the path."""
         head = self.model.final_layer.linear
         h = self.model.hidden(z, t, y)          # [B,N,D]
@@ -117,17 +117,17 @@ class Purrception(nn.Module):
             logits = F.linear(h[tokens], W[g], b[g])
             yield (tokens, g), at_least_float32(logits)
 
-    def posterior(self, z, t, y, tau=1.0, cfg=1.0):
+    def posterior(self, z: Tensor, t: Tensor, y: Tensor, tau=1.0, cfg=1.0) -> Tensor:
         """Compute pi (Eq. 12, 15) at z [B,d,h,w]: [B,h,w,K]."""
         p = self.model.patch_size
         E = self.codebook
         h = self.guided(z, t, y, cfg)
-        pi = E.new_empty(len(h), p * p, len(E))             # [BN,G,K]
+        pi = E.new_empty(len(h), p * p, len(E))  # [BN,G,K]
         for place, logits in self.logits(h):
             pi[place] = torch.softmax(logits / tau, 1)
         return to_grid(pi, p, z.shape[-2:])
 
-    def mean(self, z, t, y, tau=1.0, cfg=1.0):
+    def mean(self, z: Tensor, t: Tensor, y: Tensor, tau=1.0, cfg=1.0) -> Tensor:
         """Compute mu = sum_k pi_k e_k [B,d,h,w] at z [B,d,h,w], with one chunk of pi at a time."""
         p = self.model.patch_size
         E = self.codebook
@@ -139,15 +139,15 @@ class Purrception(nn.Module):
                 mu[place] = pi @ E
         return to_grid(mu, p, z.shape[-2:]).movedim(-1, 1)
 
-    def velocity(self, z, t, y, tau=1.0, cfg=1.0):
+    def velocity(self, z: Tensor, t: Tensor, y: Tensor, tau=1.0, cfg=1.0) -> Tensor:
         """Compute v = (mu - z) / (1 - t) (Eq. 13): [B,d,h,w]."""
         mu = self.mean(z, t, y, tau, cfg)
         t = t.view(-1, 1, 1, 1)
         return (mu - z) / (1 - t)
 
     @torch.no_grad()
-    def sample(self, y, steps=100, tau=0.9, cfg=1.0, noise=None, order=1, interval=(0, 1),
-               start=0.0, known=None):
+    def sample(self, y: Tensor, steps=100, tau=0.9, cfg=1.0, noise=None, order=1, interval=(0, 1),
+               start=0.0, known=None) -> Tensor:
         """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w]: T Euler steps, T calls.
 
         The authors' release takes T - 1 steps and divides by 1 - t + 1e-6; here the last step lands
@@ -156,7 +156,7 @@ class Purrception(nn.Module):
         to end in, -1 where free.
         """
         z = self.prior(len(y)) if noise is None else noise
-        last = None                             # time and mu of the last call
+        last = None  # time and mu of the last call
         for s in range(steps):
             t, after = (start + (1 - start) * i / steps for i in (s, s + 1))
             guidance = cfg if interval[0] <= t <= interval[1] else 1.0
@@ -174,7 +174,7 @@ class Purrception(nn.Module):
         return codes if known is None else torch.where(known < 0, codes, known)
 
     @torch.no_grad()
-    def nearest(self, z):
+    def nearest(self, z: Tensor) -> Tensor:
         """Find the nearest codes, argmin_k |z - e_k|, of z [B,d,h,w]: [B,h,w]."""
         E = self.codebook
         e2 = E.square().sum(1)
@@ -208,16 +208,16 @@ class CFM(Purrception):
 
     posterior = mean = None
 
-    def __init__(self, model, codebook, label_dropout=0.1):
+    def __init__(self, model: nn.Module, codebook: Tensor, label_dropout=0.1):
         super().__init__(model, codebook, label_dropout=label_dropout)
 
-    def loss(self, z, t, y, codes):
+    def loss(self, z: Tensor, t: Tensor, y: Tensor, codes: Tensor) -> tuple[Tensor, dict]:
         """Compute the mean of (v - (z1 - z0))^2 at the point z [B,d,h,w] of the path."""
         straight = (self.embed(codes) - z) / (1 - t.view(-1, 1, 1, 1))  # z1 - z0
         mse = F.mse_loss(self.velocity(z, t, y), straight)
         return mse, {"mse": mse.detach()}
 
-    def velocity(self, z, t, y, tau=None, cfg=1.0):
+    def velocity(self, z: Tensor, t: Tensor, y: Tensor, tau=None, cfg=1.0) -> Tensor:
         """Compute the network's velocity at z [B,d,h,w], guided: [B,d,h,w]. tau must be None."""
         assert tau is None, "CFM has no temperature"
         p = self.model.patch_size
@@ -226,7 +226,7 @@ class CFM(Purrception):
         v = v.unflatten(1, (p * p, -1))
         return to_grid(v, p, z.shape[2:]).movedim(-1, 1)
 
-    def sample(self, y, steps=100, *, cfg=1.0, **others):
+    def sample(self, y: Tensor, steps=100, *, cfg=1.0, **others) -> Tensor:
         """Sample codes [B,h,w] as Purrception does."""
         return super().sample(y, steps, None, cfg, **others)
 
@@ -240,7 +240,7 @@ class DFM(Purrception):
 
     mean = velocity = None
 
-    def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
+    def __init__(self, model: nn.Module, codebook: Tensor, z_loss=1e-5, label_dropout=0.1):
         super().__init__(model, codebook, z_loss, label_dropout)
         embedder = CodeEmbedder(len(codebook) + 1, model.in_channels)
         model.x_embedder = nn.Sequential(embedder, model.x_embedder)
@@ -256,7 +256,7 @@ class DFM(Purrception):
         return torch.where(z0[:, 0] < t.view(-1, 1, 1), codes, len(self.codebook))
 
     @torch.no_grad()
-    def sample(self, y, steps=100, tau=1.0, cfg=1.0, noise=None):
+    def sample(self, y: Tensor, steps=100, tau=1.0, cfg=1.0, noise=None) -> Tensor:
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
         A step of 1/T turns a masked position into code k with probability pi_k / (T (1 - t)).
@@ -264,7 +264,7 @@ class DFM(Purrception):
         draws the code from pi.
         """
         noise = self.prior(len(y)) if noise is None else noise
-        when, which = noise.unbind(1)           # [B,h,w] each
+        when, which = noise.unbind(1)  # [B,h,w] each
         p = self.model.patch_size
         masked = len(self.codebook)
         uniform = to_tokens(which, p).flatten(0, 1)         # [BN,G]
@@ -274,7 +274,7 @@ class DFM(Purrception):
             h = self.guided(z, t, y, cfg)
             drawn = torch.empty_like(uniform, dtype=torch.long).unsqueeze(2)
             for place, logits in self.logits(h):
-                pi = torch.softmax(logits / tau, 1)         # [n,K]
+                pi = torch.softmax(logits / tau, 1)  # [n,K]
                 drawn[place] = pick(pi, uniform[place])
             drawn = to_grid(drawn, p, z.shape[1:]).squeeze(-1)
             due = (z == masked) & (when < (s + 1) / steps)
@@ -322,7 +322,7 @@ def to_grid(x, p, grid):
 
 # ------------------------------ the head, in chunks
 
-CHUNK = 2 ** 22    # logits at a time, 16 MiB in float32. From 32 MiB on, malloc maps new pages
+CHUNK = 2 ** 22  # logits at a time, 16 MiB in float32. From 32 MiB on, malloc maps new pages
 
 
 def chunk_rows(K, device):
@@ -350,7 +350,8 @@ def at_least_float32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
+def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
+                         z_weight=1e-5) -> tuple[Tensor, Tensor, Tensor]:
     """Apply a linear head, softmax cross-entropy and z-loss (Eq. 14, Sec. 3.3) in chunks.
 
     h [...,D]; weight [G*K,D]; bias [G*K]; target int64 [...], or [...,G] for G positions per row.

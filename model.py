@@ -14,7 +14,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 WIDTHS = {
     "S": dict(depth=12, hidden_size=384, num_heads=6),
@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3 * self.num_heads, -1)).chunk(3, 2)
-        q, k, v = (part.transpose(1, 2) for part in qkv)    # [B,heads,N,D/heads] each
+        q, k, v = (part.transpose(1, 2) for part in qkv)  # [B,heads,N,D/heads] each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -202,7 +202,7 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def hidden(self, x, t, y):
+    def hidden(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Compute the features [B,N,D] that the head reads.
 
         x [B,d,h,w] float; t [B] in [0,1); y [B] int64 in 0..num_classes.
@@ -213,7 +213,7 @@ class DiT(nn.Module):
             x = block(x, c)
         return self.final_layer(x, c)
 
-    def forward(self, x, t, y):
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Compute the logits [B,h,w,K] of x [B,d,h,w]. The class axis is last and contiguous."""
         p = self.patch_size
         side = self.input_size // p

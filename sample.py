@@ -40,7 +40,7 @@ def load_run(path, device, data=None):
     args = argparse.Namespace(**vars(flags().parse_args([])) | ckpt["args"])
     data = open_data(data or args.data)
     vq = open_tokenizer(data, device)
-    with torch.device("meta"):                  # the checkpoint has the weights
+    with torch.device("meta"):  # the checkpoint has the weights
         flow = build(args, data.meta, vq.codebook, data.codes.shape[1])
     flow.model.to_empty(device=device)
     load_weights(path, (flow.model, ckpt["ema"]))
@@ -95,7 +95,7 @@ def fill_folder(draw, args, rank, world):
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
             pixels = draw(batch)
-            list(saved)                         # wait for the batch before, or raise its error
+            list(saved)  # wait for the batch before, or raise its error
             saved = pool.map(save_image, [paths[i] for i in batch], pixels)
             bar.update(len(batch))
         list(saved)
@@ -169,7 +169,7 @@ def speed_up(model, args, device):
     """Apply --bf16 and --compile. Return whether to use bf16."""
     bf16 = device.type == "cuda" and bf16_is_fast(device) if args.bf16 is None else args.bf16
     if bf16:
-        model.blocks.bfloat16()                 # else autocast casts the weights in every call
+        model.blocks.bfloat16()  # else autocast casts the weights in every call
     if args.compile:
         compile_blocks(model)
     return bf16

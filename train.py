@@ -50,7 +50,7 @@ class Data(NamedTuple):
     codes: np.ndarray
     twins: np.ndarray
     labels: np.ndarray
-    rows: np.ndarray                            # indices of readable images
+    rows: np.ndarray  # indices of readable images
 
 
 def open_data(path):
@@ -70,7 +70,7 @@ def open_data(path):
         typed = codes.dtype == twins.dtype == np.uint16 and labels.dtype.kind in "iu"
         named = all(isinstance(name, str) for name in (meta["tokenizer"], *meta["classes"]))
         known = 0 <= labels.max() < len(meta["classes"])
-    except Exception as error:                  # damaged headers fail in many ways
+    except Exception as error:  # damaged headers fail in many ways
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"--data {path}: cannot be read ({why}); encode the images again") from None
     if not (whole and typed and named and known):
@@ -86,7 +86,7 @@ def check_codes(data, K, patch_size):
         raise InputError(f"--model: patches of {patch_size} do not fill the grid of {side}x{side} codes; "
                          "choose another size")
     top = max(data.codes.max(), data.twins.max())
-    if top >= K:                                # 65535: not encoded yet
+    if top >= K:  # 65535: not encoded yet
         raise InputError(f"--data {data.path}: holds code {top}, but its tokenizer has {K} codes; repeat an "
                          "interrupted vq.py command, or encode the images again")
 
@@ -110,7 +110,7 @@ def load_batch(data, rows, mirror, device):
     """Load codes [B,h,w], mirrored where mirror [B] is true, and labels [B] of rows [B]: int64."""
     codes = np.where(mirror[:, None, None], data.twins[rows], data.codes[rows])
     batch = [torch.from_numpy(x.astype(np.int64)) for x in (codes, data.labels[rows])]
-    if device.type == "cuda":                   # from pinned memory, copies do not wait for the GPU
+    if device.type == "cuda":  # from pinned memory, copies do not wait for the GPU
         batch = [x.pin_memory() for x in batch]
     return [x.to(device, non_blocking=True) for x in batch]
 
@@ -155,7 +155,7 @@ def bf16_is_fast(device):
 
 def compile_blocks(model):
     """Compile a DiT block by block, and the loss. One graph serves all; DDP gets gradients one by one."""
-    torch._dynamo.config.optimize_ddp = False   # it would cut the graph
+    torch._dynamo.config.optimize_ddp = False  # it would cut the graph
     for block in model.blocks:
         block.compile()
     compile_loss()
@@ -202,7 +202,7 @@ def load_weights(path, *pairs):
     try:
         for target, state in pairs:
             target.load_state_dict(state)
-    except Exception as error:                  # other shapes, other types
+    except Exception as error:  # other shapes, other types
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{path}: does not fit these flags or data ({why}); use its own") from None
 
@@ -213,7 +213,7 @@ def save_checkpoint(path, flow, ema, opt, step, args):
         torch.save({"model": flow.model.state_dict(), "ema": ema.state_dict(), "opt": opt.state_dict(),
                     "step": step, "args": vars(args)}, file)
         file.flush()
-        os.fsync(file.fileno())                 # on disk before it takes the name
+        os.fsync(file.fileno())  # on disk before it takes the name
 
 
 def trim_log(path, step):
@@ -241,7 +241,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
     Returns the number of steps done.
     """
     B = args.global_batch_size
-    share = B // world                          # images per process
+    share = B // world  # images per process
     b = share // args.accumulate
     mine = slice(rank * share, (rank + 1) * share)
     torch.manual_seed(args.seed)
@@ -260,20 +260,20 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         flow, gradient_as_bucket_view=True, broadcast_buffers=False)
     if rank == 0:
         trim_log(run / "log.jsonl", start)
-    stop = []                                   # Ctrl-C or SIGTERM fill it: finish the step, save
+    stop = []  # Ctrl-C or SIGTERM fill it: finish the step, save
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
-    seen = seconds = 0                          # images and time since the last line of the log
+    seen = seconds = 0  # images and time since the last line of the log
     codes, y = fetch(data, args, start, mine, device)
 
     for step in range(start, args.steps):
         done = step + 1
         tick = time.perf_counter()
         noise = [x[mine] for x in flow.noise(B, seeded(device, args.seed, step))]
-        stats = 0                               # means over the batch: loss, parts, whether to stop
+        stats = 0  # means over the batch: loss, parts, whether to stop
         for i in range(0, share, b):
             some = slice(i, i + b)
-            accumulating = world > 1 and i + b < share      # synchronise processes once a step
+            accumulating = world > 1 and i + b < share  # synchronise processes once a step
             with ddp.no_sync() if accumulating else contextlib.nullcontext():
                 with autocast:
                     loss, parts = ddp(codes[some], y[some], noise=[x[some] for x in noise])
@@ -283,13 +283,13 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         if world > 1:
             dist.all_reduce(stats)
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
-        codes, y = fetch(data, args, done, mine, device)    # the next batch, while a GPU is at work
+        codes, y = fetch(data, args, done, mine, device)  # the next batch, while a GPU is at work
         *means, stopping = stats.tolist()
         if not math.isfinite(means[0] + grad_norm):
             raise InputError(f"step {done}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
                              "the last checkpoint with --resume and a smaller --lr")
         lr = args.lr * min(1, done / max(1, args.warmup))
-        for group in opt.param_groups:          # the flags override the checkpoint
+        for group in opt.param_groups:  # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
         opt.zero_grad()
@@ -297,7 +297,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         update_ema(average.model, flow.model, min(args.ema_decay, ramp))
         bar.update()
         seen += B
-        seconds += time.perf_counter() - tick   # without pictures and checkpoints
+        seconds += time.perf_counter() - tick  # without pictures and checkpoints
         if rank == 0 and (done == 1 or done % args.log_every == 0):
             record = dict(zip(("loss", *parts), means), grad_norm=grad_norm.item(), lr=lr)
             record = {"step": done, **record, "images_per_second": seen / seconds}
@@ -317,7 +317,7 @@ def save_due(run, done, stopping, flow, average, opt, vq, args):
 
     if due(args.keep_every):
         save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, average.model, opt, done, args)
-    if due(args.ckpt_every) or stopping:        # after the above, which a resumed run would skip
+    if due(args.ckpt_every) or stopping:  # after the above, which a resumed run would skip
         save_checkpoint(run / "ckpt.pt", flow, average.model, opt, done, args)
     if due(args.sample_every) and not stopping:
         paint(average, vq, args, run / "samples" / f"{done:07d}.png")
@@ -329,7 +329,7 @@ def paint(flow, vq, args, path):
     columns, device = min(10, flow.model.num_classes), flow.codebook.device
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.prior(len(y), seeded(device, args.seed))
-    cfg = 1.3 if args.label_dropout else 1.0    # else "no class" is untrained
+    cfg = 1.3 if args.label_dropout else 1.0  # else "no class" is untrained
     few = dict(steps=50) if args.objective == "dfm" else dict(steps=10, order=2)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         codes = flow.sample(y, cfg=cfg, noise=noise, **few)
@@ -340,7 +340,7 @@ def paint(flow, vq, args, path):
 
 def number(kind, low, high=math.inf):
     """Make an argparse type: a number in [low, high). kind: int or float."""
-    def number(text):                           # argparse prints this name
+    def number(text):  # argparse prints this name
         if not low <= kind(text) < high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
         return kind(text)
@@ -391,7 +391,7 @@ def parse(argv=None):
         run = Path("runs", first.name) if first.name else newest_run()
         if not run.is_dir():
             raise InputError(f"--name {first.name}: there is no {run} to resume; check the name")
-    if run and (run / "ckpt.pt").exists():      # else it was stopped before its first checkpoint
+    if run and (run / "ckpt.pt").exists():  # else it was stopped before its first checkpoint
         ckpt = read_run(run / "ckpt.pt")
         parser.set_defaults(**{name: x for name, x in ckpt["args"].items() if x is not None})
     elif recipe.exists():
@@ -420,7 +420,7 @@ def main(argv=None):
         args.bf16 = bf16_is_fast(device)
     settings = {"started": time.strftime("%Y-%m-%d %H:%M:%S")} | vars(args) | {"data": str(data.path)}
     del settings["name"], settings["resume"]
-    if world > 1:                               # an hour: process 0 may be saving or sampling
+    if world > 1:  # an hour: process 0 may be saving or sampling
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
     start = ckpt["step"] if ckpt else 0
@@ -430,7 +430,7 @@ def main(argv=None):
         advice = "sample.py" if done == args.steps else f"train.py --name {run.name} --resume"
         print(f"{run}/ckpt.pt: {done} of {args.steps} steps; next: python {advice}")
     if world > 1:
-        dist.barrier()                          # NCCL's groups must be destroyed together
+        dist.barrier()  # NCCL's groups must be destroyed together
         dist.destroy_process_group()
 
 

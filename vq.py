@@ -32,7 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
@@ -70,12 +70,12 @@ class Attention(nn.Module):
     def forward(self, x):
         n = self.norm(x)
         q, k, v = (f(n).flatten(2).transpose(1, 2).unsqueeze(1) for f in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)         # [B,1,hw,C]
+        h = F.scaled_dot_product_attention(q, k, v)  # [B,1,hw,C]
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
 
 def downsample(c):
-    pad = nn.ZeroPad2d((0, 1, 0, 1))            # vq-f8 pads right and bottom only
+    pad = nn.ZeroPad2d((0, 1, 0, 1))  # vq-f8 pads right and bottom only
     return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2)))
 
 
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
         self.mid = middle(c)
         self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, z_channels, 3, padding=1)
 
-    def forward(self, x):                       # [B,3,H,W]
+    def forward(self, x):  # [B,3,H,W]
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
@@ -129,16 +129,16 @@ class Decoder(nn.Module):
         c, last = ch * ch_mult[-1], len(ch_mult) - 1
         self.conv_in = nn.Conv2d(z_channels, c, 3, padding=1)
         self.mid = middle(c)
-        for i, m in reversed(list(enumerate(ch_mult))):     # up.0 is the finest level, as published
+        for i, m in reversed(list(enumerate(ch_mult))):  # up.0 is the finest level, as published
             self.up.insert(0, Level(c, ch * m, num_res_blocks + 1, attention=i == last, up=i > 0))
             c = ch * m
         self.norm_out, self.conv_out = norm(c), nn.Conv2d(c, 3, 3, padding=1)
 
-    def forward(self, z):                       # [B,z_channels,h,w]
+    def forward(self, z):  # [B,z_channels,h,w]
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))      # [B,3,H,W]
+        return self.conv_out(F.silu(self.norm_out(h)))  # [B,3,H,W]
 
 
 class VQ(nn.Module):
@@ -164,29 +164,29 @@ class VQ(nn.Module):
                 module.num_groups = num_groups
 
     @property
-    def codebook(self):
+    def codebook(self) -> Tensor:
         """The code vectors e_k, [K,d]; unit vectors with l2_norm."""
         E = self.quantize.embedding.weight
         return F.normalize(E, dim=1) if self.l2_norm else E
 
-    def encode(self, x):
+    def encode(self, x: Tensor) -> Tensor:
         """Map images [B,3,H,W] in [-1,1] to codes [B,h,w] int64 (Eq. 9); H, W multiples of self.factor."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
             return self.nearest(self.quant_conv(self.encoder(x)))
 
-    def embed(self, codes):
+    def embed(self, codes: Tensor) -> Tensor:
         """Look up the latents z [B,d,h,w] of codes [B,h,w] int64."""
         return F.embedding(codes, self.codebook).movedim(-1, 1).contiguous()
 
-    def nearest(self, z):
+    def nearest(self, z: Tensor) -> Tensor:
         """Map latents z [B,d,h,w] to their nearest codes [B,h,w] int64."""
         E = self.codebook
-        z = z.movedim(1, -1).to(E.dtype)        # [B,h,w,d]
+        z = z.movedim(1, -1).to(E.dtype)  # [B,h,w,d]
         if self.l2_norm:
             z = F.normalize(z, dim=-1)
         return nearest_code(z.flatten(0, -2), E).view(z.shape[:-1])
 
-    def decode(self, codes):
+    def decode(self, codes: Tensor) -> Tensor:
         """Map codes [B,h,w] int64 to images [B,3,H,W], clamped to [-1,1]."""
         return self.decoder(self.post_quant_conv(self.embed(codes))).clamp(-1, 1)
 
@@ -227,7 +227,7 @@ def read_checkpoint(path):
             stored = len(entries) > 0 and not any(entry.compress_type for entry in entries)
             with torch.serialization.safe_globals([(stub, name) for name, stub in stubs.items()]):
                 return torch.load(path, "cpu", weights_only=True, mmap=stored)
-        except Exception as error:              # a damaged file fails in many ways
+        except Exception as error:  # a damaged file fails in many ways
             asked = re.search(r"GLOBAL (\S+)", str(error))
             name = asked[1] if asked else ""
             if not TRAINERS.fullmatch(name) or name in stubs:
@@ -261,7 +261,7 @@ def config_of(state):
                 z_channels=len(state["encoder.conv_out.weight"]))
 
 
-def load_vq(path, device=torch.device("cpu")):
+def load_vq(path: str | Path, device="cpu") -> VQ:
     """Load a tokenizer as a frozen VQ in eval mode, float32.
 
     path: vq-f8's model.ckpt, LlamaGen's vq_ds8_c2i.pt, or {"config": arguments of VQ, "state_dict": tensors}.
@@ -271,7 +271,7 @@ def load_vq(path, device=torch.device("cpu")):
     try:
         if "config" in file:
             config, state = file["config"], file["state_dict"]
-        elif "state_dict" in file:              # CompVis
+        elif "state_dict" in file:  # CompVis
             state = {k: x for k, x in file["state_dict"].items() if not k.startswith(("loss.", "model_ema."))}
             config = config_of(state)
         else:
@@ -281,10 +281,10 @@ def load_vq(path, device=torch.device("cpu")):
             vq = VQ(**config)
         state = {key: x.to(torch.float32, copy=True) for key, x in state.items()}
         vq.load_state_dict(state, assign=True)
-    except Exception as error:                  # load_state_dict names the key and both shapes
+    except Exception as error:  # load_state_dict names the key and both shapes
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise InputError(f"{path}: not a tokenizer ({why}); use vq-f8, vq_ds8_c2i or the demo's") from None
-    layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
+    layout = torch.channels_last if torch.device(device).type == "cpu" else torch.contiguous_format
     return vq.eval().requires_grad_(False).to(device, memory_format=layout)  # CPU: 1.6x; GPU: norms copy
 
 
@@ -317,11 +317,11 @@ def open_image(path, size):
             if image.mode.startswith("I"):      # 16 bits, which convert() clips to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return crop(image.convert("RGB"), size)
-    except Exception as error:                  # Pillow raises many kinds
+    except Exception as error:  # Pillow raises many kinds
         raise InputError(f"{path}: unreadable ({error}); repair it or use another") from None
 
 
-def crop(image, size):                          # openai/guided-diffusion
+def crop(image, size):  # openai/guided-diffusion
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
@@ -351,13 +351,13 @@ def replacing(path):
         with open(partial, "wb") as file:
             yield file
             end = file.tell()
-        if partial.stat().st_size < end:        # which numpy does not report
+        if partial.stat().st_size < end:  # which numpy does not report
             raise OSError("the disk is full")
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:    # torch.save raises RuntimeError
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error})") from None
     finally:
-        with contextlib.suppress(OSError):      # gone if all went well
+        with contextlib.suppress(OSError):  # gone if all went well
             partial.unlink()
 
 
@@ -380,7 +380,7 @@ def start_process():
     """Return rank, world size and device, as torchrun sets them. Ctrl-C then exits cleanly."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit("interrupted; run the same command to continue"))
     rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    torch.set_float32_matmul_precision("highest")           # NVIDIA's containers allow TF32: it changes codes
+    torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32: it changes codes
     gpus, device = torch.cuda.device_count(), torch.device("cpu")
     if gpus and local >= gpus:
         raise InputError(f"--nproc_per_node: process {local} has no GPU; start at most {gpus}")
@@ -402,14 +402,14 @@ def claim_folder(folder, note, record, rank):
             raise InputError(f"--out {folder}: holds other files (see {note}); use another folder")
         with replacing(note) as file:
             file.write(json.dumps(record, indent=1).encode())
-    while not same():                           # if process 0 fails, torchrun ends the others
+    while not same():  # if process 0 fails, torchrun ends the others
         time.sleep(0.2)
 
 
 # ------------------------------ encoding a data set
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
-EMPTY = 2 ** 16 - 1                             # in codes.npy: not encoded yet
+EMPTY = 2 ** 16 - 1  # in codes.npy: not encoded yet
 
 
 def list_images(root):
@@ -419,7 +419,7 @@ def list_images(root):
     if not paths:
         raise InputError(f"{root}: no images; give a folder of {' '.join(SUFFIXES)} files or of such folders")
     stray = [path for path in paths if path.parent == root]
-    if stray and len(stray) < len(paths):       # their class is unclear
+    if stray and len(stray) < len(paths):  # their class is unclear
         raise InputError(f"{stray[0]}: not in a class folder; move it into one")
     names = [root.resolve().name] * len(stray) or [path.relative_to(root).parts[0] for path in paths]
     classes, labels = np.unique(names, return_inverse=True)
@@ -465,11 +465,11 @@ def open_arrays(args, labels, side):
     """Open codes.npy, codes_flip.npy and labels.npy for writing; process 0 creates them."""
     blank = np.broadcast_to(np.uint16(EMPTY), (len(labels), side, side))
     arrays = {"codes.npy": blank} | ({"codes_flip.npy": blank} if args.flip else {}) | {"labels.npy": labels}
-    for name, array in arrays.items():          # in full size: a full disk shows at once
+    for name, array in arrays.items():  # in full size: a full disk shows at once
         if args.rank == 0 and not (args.out / name).exists():
             with replacing(args.out / name) as file:
                 np.save(file, array)
-    while not (args.out / "labels.npy").exists():           # the last one
+    while not (args.out / "labels.npy").exists():  # the last one
         time.sleep(0.2)
     return [np.load(args.out / name, mmap_mode="r+") for name in arrays]
 
@@ -478,7 +478,7 @@ def encode_folder(args, vq, device):
     """Encode this process's share of args.images into args.out: the rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
     reference, crops = None, []
-    if args.reference and zipfile.is_zipfile(args.reference):   # an .npz, used as it is
+    if args.reference and zipfile.is_zipfile(args.reference):  # an .npz, used as it is
         reference = str(args.reference.resolve())
     elif args.reference:
         reference, crops = "reference", list_images(args.reference)[0]

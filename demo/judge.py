@@ -40,8 +40,7 @@ from make import HELD_OUT_SEED, HERE, TRAIN_SEED, MuonAndAdamW, encode
 
 sys.path.insert(0, str(HERE.parent))
 from fid import frechet_distance, read_image, statistics  # noqa: E402
-from vq import (InputError, decode_pixels, from_pixels, load_vq, read_checkpoint, read_json,  # noqa: E402
-                replacing, start_process)
+from vq import InputError, decode_pixels, from_pixels, load_vq, read_checkpoint, read_json, replacing, start_process  # noqa: E402
 
 WEIGHTS = HERE / "judge.pt"
 NEIGHBOURS = 3                                   # k of precision and recall

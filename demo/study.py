@@ -37,8 +37,7 @@ import fid  # noqa: E402
 import train  # noqa: E402
 from model import TimestepEmbedder  # noqa: E402
 from sample import load_run, noise_source  # noqa: E402
-from vq import (InputError, decode_pixels, read_checkpoint, read_json, replacing, save_image, sheet,  # noqa: E402
-                start_process)
+from vq import InputError, decode_pixels, read_checkpoint, read_json, replacing, save_image, start_process  # noqa: E402
 
 FULL = dict(steps=960, checkpoints=12, seeds=(0, 1, 2), rates=(5e-4, 1e-3, 2e-3, 4e-3), images=128, euler=50,
             taus=(0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0, 1.2, 1.5), few=(5, 10, 20, 50, 100), powers=(0.7, 1.0, 1.5))
@@ -151,7 +150,7 @@ class Study:
         if key not in self.scores:
             np.savez("samples.npz", arr_0=self.samples(run, step, tau, euler, power))
             mu, sigma, _ = self.measure("samples.npz")
-            self.scores[key] = fid.frechet_distance(mu, sigma, *self.reference()[:2])
+            self.scores[key] = fid.frechet_distance(mu, sigma, *self.reference[:2])
             with open(self.file, "a", newline="") as f:
                 csv.writer(f).writerow([*key, self.scores[key]])
             print(*key, f"{self.scores[key]:.4f}", flush=True)
@@ -168,7 +167,7 @@ class Study:
         args = SimpleNamespace(device=self.device, batch_size=32, num_workers=2)
         return fid.measure(Path(path), self.data.meta.get("features", "inception"), lambda: self.net, args)
 
-    @functools.cache
+    @functools.cached_property
     def reference(self):
         """Measure the data's reference images."""
         return self.measure(self.data.path / self.data.meta["reference"])

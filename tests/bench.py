@@ -286,7 +286,7 @@ def processes(repeats, steps=60):
     """Train the demo with one process of two threads and with two of one: images a second, all together."""
     for count in (1, 2):
         speeds = []
-        for i in range(repeats):
+        for _ in range(repeats):
             with tempfile.TemporaryDirectory() as folder:
                 command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", str(ROOT / "train.py"),
                            "--steps", str(steps), "--log-every", str(steps // 2), "--sample-every", "0", "--name", "x"]

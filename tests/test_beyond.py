@@ -4,10 +4,10 @@ Shapes: B batch, h w grid, K codes, d code dimension.
 """
 import pytest
 import torch
+from test_flow import SIDE, K, d, method, oracle, point
 
 import flow
 from flow import OBJECTIVES
-from test_flow import SIDE, K, d, method, oracle, point
 
 
 def landing(f, *args, **kwargs):

@@ -9,7 +9,6 @@ import itertools
 import json
 import signal
 import struct
-import time
 import zlib
 from argparse import Namespace
 from pathlib import Path

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from test_train import ROOT, TIMING, assert_same
 
 pytestmark = pytest.mark.slow

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
-import make
 from conftest import TINY_VQ
+
+import make
 from train import open_data
 from vq import VQ, from_pixels, load_vq
 

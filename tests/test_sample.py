@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_train import ROOT, torchrun
 
 import sample
 import train
-from test_train import ROOT, torchrun
 
 sys.path.insert(0, str(ROOT / "demo"))
 import film  # noqa: E402
+
 from flow import Purrception  # noqa: E402
 from vq import InputError, from_pixels, load_vq, open_image  # noqa: E402
 

@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import study
+
 from model import DiT
 from vq import InputError
 
