@@ -263,7 +263,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 def read_image(path):
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP")) as image:
             return np.array(image.convert("RGB"))
     except Exception as error:  # Pillow raises many kinds
         raise InputError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None

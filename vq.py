@@ -156,7 +156,8 @@ class VQ(nn.Module):
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
         self.quantize = nn.Module()
-        self.quantize.embedding = nn.Embedding(n_embed, embed_dim)
+        E = torch.randn(n_embed, embed_dim)  # nn.Embedding's own draw imports the compiler, on "meta"
+        self.quantize.embedding = nn.Embedding.from_pretrained(E, freeze=False)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
         for module in self.modules():
@@ -307,10 +308,13 @@ def decode_pixels(vq, codes):
         return torch.cat([to_pixels(vq.decode(part)).cpu() for part in parts])
 
 
+FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # Pillow opens some others by running programs
+
+
 def open_image(path, size):
     """Read a picture as uint8 [size,size,3]: upright, RGB, cropped as ADM does. Raises InputError."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             image.load()
             with contextlib.suppress(Exception):            # damaged EXIF data: do not rotate
                 image = ImageOps.exif_transpose(image)

@@ -28,7 +28,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]    # libra
 SECONDS = 10
 TOKENIZER = dict(ch=4, ch_mult=(1,), num_res_blocks=1, z_channels=4, n_embed=32, embed_dim=4, num_groups=2)
 SIZES = [0, 1, 2, 3, 7, 40, 255, 256, 65535, 65536, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 63, 2 ** 64 - 1]
-JSON = [None, True, 0, -1, 7, 2.5, 1e300, "", "x", "\0", "\ud800", "x" * 9999, [], {}, [[]], [None], ["a", "a"], {"a": 1}, [{}] * 3]
+JSON = [None, True, 0, -1, 7, 2.5, 1e300, "", "x", "\0", "\ud800", "x" * 9999,
+        [], {}, [[]], [None], ["a", "a"], {"a": 1}, [{}] * 3]
 
 
 class Slow(BaseException):
@@ -96,13 +97,14 @@ def saved(write, *args, **kwargs):
 
 # ------------------------------ arrays
 
-TYPES = ["<u2", ">u2", "|u1", "<i8", "<f8", "<f4", "<f2", "<c16", "|b1", "<M8[s]", "<m8[D]", "|S3", "<U2", "|V5", "<f16",
-         "|O", "<u2x", "", "[('a', '<u2')]", [("a", "<i8")]]
+TYPES = ["<u2", ">u2", "|u1", "<i8", "<f8", "<f4", "<f2", "<c16", "|b1", "<M8[s]", "<m8[D]", "|S3", "<U2", "|V5",
+         "<f16", "|O", "<u2x", "", "[('a', '<u2')]", [("a", "<i8")]]
 
 
 def wild_array(rng, right, shapes=((),)):
     """Return an array of another type, shape or content than `right`."""
-    shapes = [right.shape, right.shape[:-1], (*right.shape, 1), (0, *right.shape[1:]), (*right.shape[:1], *[0] * (right.ndim - 1)), (),
+    shapes = [right.shape, right.shape[:-1], (*right.shape, 1), (0, *right.shape[1:]),
+              (*right.shape[:1], *[0] * (right.ndim - 1)), (),
               (*right.shape[:1], 0, 0, *right.shape[3:]),
               *shapes]
     shape, kind = some(rng, shapes), some(rng, [right.dtype.str] * 8 + TYPES[:15])
@@ -110,7 +112,8 @@ def wild_array(rng, right, shapes=((),)):
     if array.dtype.kind in "uifcb":
         low, high = some(rng, [(0, 1), (0, 3), (-1, 9), (0, 40), (-1e9, 1e9)])
         array = rng.uniform(low, high, shape)
-        array = np.asarray(array if kind[1] in "fc" else np.nan_to_num(array).round().clip(0 if kind[1] in "ub" else None)).astype(kind)
+        lowest = 0 if kind[1] in "ub" else None
+        array = np.asarray(array if kind[1] in "fc" else np.clip(np.round(array), lowest, None)).astype(kind)
         if array.size and array.dtype.kind in "fc" and rng.random() < 0.3:
             array.flat[rng.integers(array.size)] = some(rng, [np.nan, np.inf, -np.inf, 1e308, -1e308])
     return array
@@ -164,9 +167,9 @@ def exif(data=None):
 def pictures():
     return [
         picture("RGB", "JPEG", exif=exif()), picture("L", "JPEG", progressive=True), picture("CMYK", "JPEG"),
-        picture("RGB", "PNG", exif=exif()), picture("P", "PNG", transparency=3), picture("I;16", "PNG"), picture("1", "PNG"),
-        picture("LA", "PNG"), picture("RGBA", "WEBP", lossless=True, exif=exif()), picture("RGB", "WEBP"), picture("RGB", "BMP"),
-        picture("P", "BMP")]
+        picture("RGB", "PNG", exif=exif()), picture("P", "PNG", transparency=3), picture("I;16", "PNG"),
+        picture("1", "PNG"), picture("LA", "PNG"), picture("RGBA", "WEBP", lossless=True, exif=exif()),
+        picture("RGB", "WEBP"), picture("RGB", "BMP"), picture("P", "BMP")]
 
 
 def chunk(name, data):
@@ -174,12 +177,12 @@ def chunk(name, data):
 
 
 def wild_png(rng, _):
-    """Return a PNG file whose check sums are right; its header, palette, transparency and pixels need not fit together."""
+    """Return a PNG file of right check sums; its header, palette, transparency and pixels need not fit together."""
     side = [1, 7, 40] * 5 + SIZES[:13] + [13000]
-    header = struct.pack(">IIBBBBB", some(rng, side), some(rng, side), some(rng, [1, 2, 4, 8, 16, 3]), some(rng, [0, 2, 3, 4, 6, 1]),
-                         0, 0, some(rng, [0, 0, 1, 2]))
-    more = [chunk(some(rng, [b"PLTE", b"tRNS", b"eXIf", b"iCCP", b"zTXt", b"gAMA", b"acTL", b"fcTL"]), rng.bytes(rng.integers(0, 40)))
-            for _ in range(rng.integers(0, 3))]
+    header = struct.pack(">IIBBBBB", some(rng, side), some(rng, side), some(rng, [1, 2, 4, 8, 16, 3]),
+                         some(rng, [0, 2, 3, 4, 6, 1]), 0, 0, some(rng, [0, 0, 1, 2]))
+    names = [b"PLTE", b"tRNS", b"eXIf", b"iCCP", b"zTXt", b"gAMA", b"acTL", b"fcTL"]
+    more = [chunk(some(rng, names), rng.bytes(rng.integers(0, 40))) for _ in range(rng.integers(0, 3))]
     pixels = zlib.compress(some(rng, [bytes(40 * 41 * 8), rng.bytes(500), b""]))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + b"".join(more) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
@@ -188,9 +191,10 @@ def wild_bmp(rng, _):
     """Return a BMP file with a wild header."""
     side = [0, 1, 7, 40, -40, -1, 13000, 2 ** 31 - 1, -2 ** 31]
     header = struct.pack("<IiiHHIIiiII", some(rng, [40, 40, 40, 12, 108, 124, 0]), some(rng, side), some(rng, side), 1,
-                         some(rng, [1, 4, 8, 16, 24, 32, 0, 7]), some(rng, [0, 0, 0, 1, 2, 3, 4]), some(rng, SIZES[:13]), 0, 0,
-                         some(rng, SIZES[:8]), 0)
-    return b"BM" + struct.pack("<IHHI", 54, 0, 0, some(rng, [54, 0, 70, 9999])) + header + rng.bytes(rng.integers(0, 6000))
+                         some(rng, [1, 4, 8, 16, 24, 32, 0, 7]), some(rng, [0, 0, 0, 1, 2, 3, 4]),
+                         some(rng, SIZES[:13]), 0, 0, some(rng, SIZES[:8]), 0)
+    start = struct.pack("<IHHI", 54, 0, 0, some(rng, [54, 0, 70, 9999]))
+    return b"BM" + start + header + rng.bytes(rng.integers(0, 6000))
 
 
 def wild_exif(rng, _):
@@ -219,8 +223,8 @@ def wild_meta(rng, right):
 
 def wild_recipe(rng, _):
     names = [name for action in train.flags()._actions for name in action.option_strings]
-    values = ["0", "-1", "1", "nan", "inf", "1e400", "9" * 5000, "1_0", "tiny", "cfm", "", "@", "@x", "@\0", "--", "-", "\x85", "\u0663",
-              "\ufeff", "[", "%s", "x" * 9999]
+    values = ["0", "-1", "1", "nan", "inf", "1e400", "9" * 5000, "1_0", "tiny", "cfm", "", "@", "@x", "@\0", "--", "-",
+              "\x85", "\u0663", "\ufeff", "[", "%s", "x" * 9999]
     words = [some(rng, [*names, *values, *names]) + some(rng, ["", "=", "=7"]) for _ in range(rng.integers(1, 6))]
     return some(rng, [" ", "\n", "\r", "\t"]).join(words).encode(some(rng, ["utf8", "utf8", "utf16", "utf7"]))
 
@@ -240,10 +244,11 @@ def wild_checkpoint(rng, right):
 def wild_tokenizer(rng, right):
     config, state = dict(right["config"]), dict(right["state_dict"])
     layout = some(rng, ["config", "config", "state_dict", "model"])
-    values = [*JSON[:11], 4, 8, 64, torch.zeros(3), torch.zeros(8, 3, 3, 3, dtype=torch.complex64), torch.zeros(32, 4).to_sparse()]
+    values = [*JSON[:11], 4, 8, 64, torch.zeros(3), torch.zeros(8, 3, 3, 3, dtype=torch.complex64),
+              torch.zeros(32, 4).to_sparse()]
     inner = config if layout == "config" and rng.random() < 0.7 else state
     inner[some(rng, list(inner))] = some(rng, values)
-    file = {"config": {"config": config, "state_dict": state}, "state_dict": {"state_dict": state}, "model": {"model": state}}[layout]
+    file = {"config": config, "state_dict": state} if layout == "config" else {layout: state}
     return saved(lambda out: torch.save(file, out, _use_new_zipfile_serialization=bool(rng.integers(2))))
 
 
@@ -294,24 +299,28 @@ def case(kind, tmp_path, data, monkeypatch):
         return Case(path, [file], wild_tokenizer, lambda: vq.load_vq(path), tokenizer)
     if kind == "checkpoint":
         path = Path("runs/a/ckpt.pt")
-        train.main(["--data", str(data), "--name", "a", "--model", "tiny", "--global-batch-size", "8", "--steps", "1", "--no-bf16",
-                    "--sample-every", "0"])
+        train.main(["--data", str(data), "--name", "a", "--model", "tiny", "--global-batch-size", "8", "--steps", "1",
+                    "--no-bf16", "--sample-every", "0"])
         network = vq.load_vq(tmp_path / "tiny_vq.pt")
         monkeypatch.setattr(sample, "open_tokenizer", lambda *_: network)
         return Case(path, [path.read_bytes()], wild_checkpoint, read_run, torch.load(path, weights_only=True))
     if kind in ("codes.npy", "labels.npy"):
         path = data / kind
-        return Case(path, [path.read_bytes(), (data / "labels.npy").read_bytes()], wild_npy, read_data, np.load(path), data)
+        files = [path.read_bytes(), (data / "labels.npy").read_bytes()]
+        return Case(path, files, wild_npy, read_data, np.load(path), data)
     if kind == "meta.json":
         path = data / kind
-        return Case(path, [path.read_bytes()], wild_meta, read_data, json.loads(path.read_text()), ": ")     # or a file it names
+        right, anything = json.loads(path.read_text()), ": "             # it may be the file that meta.json names
+        return Case(path, [path.read_bytes()], wild_meta, read_data, right, anything)
     if kind == "recipe.txt":
         path, repository = data / kind, Path(train.__file__).parent
-        return Case(path, [(repository / "demo/recipe.txt").read_bytes()], wild_recipe, lambda: train.parse(["--data", str(data)]))
+        files = [(repository / "demo/recipe.txt").read_bytes()]
+        return Case(path, files, wild_recipe, lambda: train.parse(["--data", str(data)]))
     if kind.startswith("npz"):
         path, rng = tmp_path / "a.npz", np.random.default_rng(0)
         images = {"arr_0": rng.integers(0, 256, (5, 9, 8, 3), np.uint8)}
-        numbers = {"mu": rng.random(5), "sigma": np.cov(rng.random((5, 9))), "count": np.array(9), "features": np.array("inception")}
+        numbers = {"mu": rng.random(5), "sigma": np.cov(rng.random((5, 9))), "count": np.array(9),
+                   "features": np.array("inception")}
         np.savez(tmp_path / "right.npz", **numbers)
         right = images if "images" in kind else numbers
         files = [saved(write, **right) for write in (np.savez, np.savez_compressed)]
@@ -349,8 +358,9 @@ def outcome(load, named, capsys):
     return None
 
 
-KINDS = {"tokenizer zip": 300, "tokenizer legacy": 300, "checkpoint": 300, "codes.npy": 2000, "labels.npy": 2000, "meta.json": 1000,
-         "recipe.txt": 1000, "npz images": 900, "npz statistics": 900, "picture": 800, "picture for fid.py": 500}
+KINDS = {"tokenizer zip": 300, "tokenizer legacy": 300, "checkpoint": 300, "codes.npy": 2000, "labels.npy": 2000,
+         "meta.json": 1000, "recipe.txt": 1000, "npz images": 900, "npz statistics": 900, "picture": 800,
+         "picture for fid.py": 500}
 assert sum(KINDS.values()) == 10_000
 
 
@@ -379,7 +389,8 @@ def test_a_recipe_that_reads_itself_is_refused(tiny_data, capsys):
 
 @pytest.mark.parametrize("reader", ["picture", "picture for fid.py"])
 @pytest.mark.parametrize("side", [0, 13_000, 40_000])
-def test_a_picture_of_no_pixels_or_of_very_many_loads_or_ends_in_one_sentence(side, reader, tmp_path, tiny_data, monkeypatch, capsys):
+def test_a_picture_of_no_or_very_many_pixels_is_one_sentence_at_worst(
+        side, reader, tmp_path, tiny_data, monkeypatch, capsys):
     it = case(reader, tmp_path, tiny_data, monkeypatch)
     rows = zlib.compress(bytes(side * (1 + -(-side // 8))), 1)           # of one bit a pixel
     it.path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0))
@@ -395,3 +406,14 @@ def test_a_bmp_of_no_pixels_is_refused(tmp_path, tiny_data, monkeypatch, capsys)
         it.path.write_bytes(b"BM" + struct.pack("<IHHI", 54 + 24 * 7, 0, 0, 54) + header + bytes(24 * 7))
         found = outcome(it.load, it.named, capsys)
         assert found is None, (reader, wide, high, found)
+
+
+@pytest.mark.parametrize("reader", [lambda path: vq.open_image(path, 8), fid.read_image], ids=["vq", "fid"])
+def test_a_picture_is_never_handed_to_another_program(reader, tmp_path, monkeypatch):
+    path = tmp_path / "cat.png"                            # PostScript, which Pillow would give to Ghostscript
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n" + b"showpage\n" * 9)
+    started = []
+    monkeypatch.setattr("subprocess.Popen.__init__", lambda *args, **kwargs: started.append(args))
+    with pytest.raises(SystemExit, match="cat.png"):
+        reader(path)
+    assert not started

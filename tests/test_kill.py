@@ -1,4 +1,4 @@
-"""Kill the commands at random moments, stop them by SIGTERM, fill their disk: repeated, they end as if nothing had been.
+"""Kill the commands at any moment, stop them by SIGTERM, fill their disk: repeated, they end as if nothing had been.
 
 A process that imports torch once forks a child for every command; so a command costs what it does, not three seconds.
 It has one thread when it forks: a pool of threads would not survive in the child.
@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
 from test_train import ROOT, TIMING, assert_same
 
 pytestmark = pytest.mark.slow
@@ -122,8 +123,8 @@ class Train:
     files = "runs/a"
 
     def __init__(self, data):
-        self.flags = ["--data", data, "--name", "a", "--model", "tiny", "--steps", 7, "--global-batch-size", 8, "--no-bf16",
-                      "--log-every", 1, "--ckpt-every", 1, "--keep-every", 3, "--sample-every", 5]
+        self.flags = ["--data", data, "--name", "a", "--model", "tiny", "--steps", 7, "--global-batch-size", 8,
+                      "--no-bf16", "--log-every", 1, "--ckpt-every", 1, "--keep-every", 3, "--sample-every", 5]
 
     def command(self, folder):
         return ["train", *self.flags, *["--resume"] * (folder / self.files).exists()]
@@ -160,16 +161,16 @@ class Sample(Files):
     files = "out*", "out/*"
 
     def __init__(self, checkpoint):
-        self.flags = ["sample", "--ckpt", checkpoint, "--num-samples", 24, "--per-proc-batch-size", 2, "--steps", 3, "--npz",
-                      "--no-bf16", "--out", "out"]
+        self.flags = ["sample", "--ckpt", checkpoint, "--num-samples", 24, "--per-proc-batch-size", 2, "--steps", 3,
+                      "--npz", "--no-bf16", "--out", "out"]
 
 
 class Encode(Files):
     files = "out/**/*",
 
     def __init__(self, images, tokenizer):
-        self.flags = ["vq", images, "--vq", tokenizer, "--out", "out", "--size", 32, "--batch-size", 2, "--num-workers", 2,
-                      "--flip", "--reference", images]
+        self.flags = ["vq", images, "--vq", tokenizer, "--out", "out", "--size", 32, "--batch-size", 2,
+                      "--num-workers", 2, "--flip", "--reference", images]
 
 
 @pytest.fixture
@@ -205,7 +206,7 @@ def kill_while_saving(process, number):
 
 
 @pytest.mark.parametrize("script", ["train", "sample", "vq"])
-def test_a_command_killed_at_any_moment_and_repeated_ends_with_the_bytes_of_one_that_was_not(script, start, request, tmp_path):
+def test_a_command_killed_and_repeated_ends_with_the_bytes_of_one_that_was_not(script, start, request, tmp_path):
     fixture = request.getfixturevalue
     job = {"train": lambda: Train(fixture("tiny_data")), "sample": lambda: Sample(fixture("trained")),
            "vq": lambda: Encode(fixture("images"), fixture("tiny_vq"))}[script]()
@@ -270,7 +271,7 @@ def test_sigterm_to_any_process_ends_all_within_a_step_and_saves(processes, star
 # ------------------------------ a full disk
 
 @pytest.mark.parametrize("file", ["ckpt.pt", "ckpt-0000003.pt", "samples/0000003.png"])
-def test_a_full_disk_while_training_is_one_sentence_and_the_checkpoint_before_is_there(file, start, tmp_path, tiny_data, trained):
+def test_a_full_disk_while_training_is_one_sentence_and_the_checkpoint_stays(file, start, tmp_path, tiny_data, trained):
     job, path, run = Train(tiny_data), tmp_path / "runs/a" / file, tmp_path / "runs/a"
     assert start(tmp_path, *job.command(tmp_path), "--steps", 2, "--sample-every", 0).wait().code == 0
     before, log = (run / "ckpt.pt").read_bytes(), (run / "log.jsonl").read_text()
@@ -301,7 +302,7 @@ def test_a_disk_too_full_for_a_line_of_the_log_is_one_sentence(start, tmp_path, 
 
 
 @pytest.mark.parametrize("file, size", [("out/000003.png", 500), ("out.png", 3000), ("out.npz", 40_000)])
-def test_a_full_disk_while_sampling_is_one_sentence_and_what_is_there_is_kept(file, size, start, tmp_path, trained):
+def test_a_full_disk_while_sampling_is_one_sentence_and_the_rest_is_kept(file, size, start, tmp_path, trained):
     job, path = Sample(trained), tmp_path / file
     assert start(tmp_path, *job.command(tmp_path)).wait().code == 0
     expected = job.result(tmp_path)
@@ -314,8 +315,9 @@ def test_a_full_disk_while_sampling_is_one_sentence_and_what_is_there_is_kept(fi
     assert start(tmp_path, *job.command(tmp_path)).wait().code == 0 and job.result(tmp_path) == expected
 
 
-@pytest.mark.parametrize("file, size", [("out/reference/000003.png", 2000), ("out/codes.npy", 1000), ("out/labels.npy", 560)])
-def test_a_full_disk_while_encoding_is_one_sentence_and_what_is_there_is_kept(file, size, start, tmp_path, images, tiny_vq):
+@pytest.mark.parametrize("file, size", [
+    ("out/reference/000003.png", 2000), ("out/codes.npy", 1000), ("out/labels.npy", 560)])
+def test_a_full_disk_while_encoding_is_one_sentence_and_the_rest_is_kept(file, size, start, tmp_path, images, tiny_vq):
     job, path = Encode(images, tiny_vq), tmp_path / file
     assert start(tmp_path, *job.command(tmp_path)).wait().code == 0
     expected = job.result(tmp_path)
@@ -362,8 +364,8 @@ def workers_of(pid):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_if_a_process_under_torchrun_is_killed_the_other_ends_and_resume_goes_on(rank, start, tmp_path, tiny_data):
     """torchrun sees it within a second, and gives the other process thirty seconds after SIGTERM."""
-    flags = ["--data", tiny_data, "--name", "a", "--model", "DiT-demo/2", "--global-batch-size", 8, "--no-bf16", "--log-every", 1,
-             "--ckpt-every", 2, "--sample-every", 0, "--steps"]
+    flags = ["--data", tiny_data, "--name", "a", "--model", "DiT-demo/2", "--global-batch-size", 8, "--no-bf16",
+             "--log-every", 1, "--ckpt-every", 2, "--sample-every", 0, "--steps"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "train.py"
     process = subprocess.Popen([*map(str, [*command, *flags, 10 ** 6])], cwd=tmp_path, env=environment, text=True,
