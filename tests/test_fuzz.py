@@ -413,7 +413,8 @@ def test_a_picture_is_never_handed_to_another_program(reader, tmp_path, monkeypa
     path = tmp_path / "cat.png"                            # PostScript, which Pillow would give to Ghostscript
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n" + b"showpage\n" * 9)
     started = []
-    monkeypatch.setattr("subprocess.Popen.__init__", lambda *args, **kwargs: started.append(args))
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", "gs")            # as if it were installed
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kwargs: started.append(args))
     with pytest.raises(SystemExit, match="cat.png"):
         reader(path)
     assert not started
