@@ -293,7 +293,7 @@ def measure(path, features, net, args):
         batches = read_folder(images, args)
     else:
         try:
-            with np.load(path) as file:         # lazily: ADM's images stay on the disk
+            with open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's images stay on the disk
                 kind = str(file.get("features", "inception"))  # foreign files do not say
                 if "mu" in file and kind == features:
                     return file["mu"], file["sigma"], int(file.get("count", 0)) or None

@@ -152,6 +152,8 @@ def parse(argv):
         parser.error("--from needs --start above 0 or --keep, and they need --from")
     if args.resample and not args.keep:
         parser.error("--resample: needs --keep")
+    if args.interval[0] > args.interval[1]:
+        parser.error("--cfg-interval: LO must not be above HI")
     return parser, args
 
 

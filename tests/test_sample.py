@@ -255,7 +255,7 @@ def test_the_baselines_train_and_sample_and_refuse_what_means_nothing_to_them(tr
 @pytest.mark.parametrize("flags, message", [
     *((f"{flag} 0", f"{flag}: 0") for flag in ("--tau", "--steps", "--num-samples", "--per-proc-batch-size")),
     ("--tau 1e-42", "--tau: 1e-42"), ("--tau nan", "--tau: nan"), ("--cfg-scale nan", "--cfg-scale"), ("--seed -1", "--seed"),
-    ("--npz --tau 0.3 0.9", "--npz"), ("--order 3", "--order"), ("--cfg-interval 0.5 2", "--cfg-interval"),
+    ("--npz --tau 0.3 0.9", "--npz"), ("--order 3", "--order"), ("--cfg-interval 0.5 2", "--cfg-interval"), ("--cfg-interval 0.8 0.3", "LO"),
     ("--start 0.5", "--from"), ("--keep 0 0 8 8", "--from"), ("--from cat.png", "--start"), ("--from cat.png --start 1", "--start"),
     ("--from cat.png --start -0.1", "--start"), ("--from cat.png --start 0.5 --resample 2", "--resample")])
 def test_flags_that_make_no_sense_exit_with_code_2_and_a_sentence(flags, message, capsys):
