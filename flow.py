@@ -166,7 +166,7 @@ class Purrception(nn.Module):
                 v = torch.where(known.unsqueeze(1) < 0, v, straight)
             if order == 2:
                 mu = z + (1 - t) * v
-                if last and after < 1:
+                if last:
                     v = v + bend(t, after) * (mu - last[1]) / (t - last[0])
                 last = t, mu
             z = z + (after - t) * v
@@ -192,7 +192,10 @@ def bend(t, after):
     """Weigh the slope of mu in a step of order 2 from t to `after` (as DEIS, arXiv 2204.13902).
 
     For mu + slope (u - t), dz/du = (mu - z) / (1 - u) is solved by an Euler step along v + w slope.
+    In the last step, w = 1 would overshoot, as mu comes to rest; half of it is best (measured).
     """
+    if after == 1:
+        return 0.5
     r = (1 - t) / (1 - after)
     return 1 - math.log(r) / (r - 1)
 

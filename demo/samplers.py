@@ -119,8 +119,9 @@ def main():
                 line, = axes.plot(CALLS[order], curve.mean(1), ".-" if cfg == 1 else ".:", color=f"C{order - 1}",
                                   label=f"order {order}" + ", guided" * (cfg > 1))
                 axes.fill_between(CALLS[order], curve.min(1), curve.max(1), alpha=0.2, color=line.get_color())
-                axes.set(title=f"tau {tau}", ylabel=f"Fréchet distance, {name}", xscale="log", yscale="log")
+                axes.set(title=f"tau {tau}", ylabel=f"Fréchet distance, {name}", xscale="log")
                 axes.set_xticks((4, 5, 10, 20, 50), (4, 5, 10, 20, 50))
+                axes.set_yscale("log" if name == "patch" else "linear")
                 axes.minorticks_off()
     for axes in panels[1]:
         axes.set_xlabel("network calls")

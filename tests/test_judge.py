@@ -30,7 +30,7 @@ def test_numbers_tell_what_was_drawn():
     ranges = dict(x=(0.46, 0.54), y=(0.53, 0.61), scale=(0.335, 0.39), yaw=(-0.16, 0.16), pitch=(-0.06, 0.07),
                   tilt=(-0.3, 0.3), lid=(0.17, 0.27), pupil=(0.07, 0.17))
     for name, (low, high) in ranges.items():
-        assert low <= column[name].min() < column[name].max() <= high
+        assert low - 1e-6 <= column[name].min() < column[name].max() <= high + 1e-6
     np.testing.assert_allclose(np.hypot(column["light x"], column["light y"]), 1, rtol=1e-6)
     assert (column["light y"] <= 0).all()                  # from above: y runs down
 
