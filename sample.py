@@ -206,7 +206,8 @@ def main(argv=None):
             for t in np.linspace(args.start, 1, args.resample + 2)[:-1].tolist():
                 z = flow.path(noise(), codes, torch.full((len(y),), t, device=device))
                 codes = flow.sample(y, noise=z, start=t, known=known, **knobs)
-        return decode_pixels(vq, codes)
+        kept = (known >= 0).repeat_interleave(vq.factor, 1).repeat_interleave(vq.factor, 2)  # [1,H,W]
+        return torch.where(kept.cpu().unsqueeze(3), decode_pixels(vq, picture), decode_pixels(vq, codes))
 
     if len(taus) > 1:
         return save_temperatures(draw, taus, args) if rank == 0 else None

@@ -144,11 +144,13 @@ def test_a_start_lies_on_the_path_from_the_noise_to_the_picture(trained, picture
 
 @pytest.mark.parametrize("flags", [(), ("--order", 2, "--start", 0.3), ("--resample", 2)])
 def test_the_codes_of_a_kept_box_stay_and_images_depend_on_their_index_alone(trained, picture, flags, monkeypatch):
-    path, _, codes = picture
+    path, vq, codes = picture
     drawn = []
     decode = sample.decode_pixels
     monkeypatch.setattr(sample, "decode_pixels", lambda vq, codes: drawn.append(codes) or decode(vq, codes))
     a = make("a", "--from", path, "--keep", 0, 3, 32, 9, *flags)
+    assert (a[:, :16] == decode(vq, codes).numpy()[:, :16]).all()        # the decoder alone would not do: it sees all codes
+    drawn = drawn[1:]                                      # after the picture itself
     assert drawn[0][:, :2].equal(codes[:, :2].expand(6, -1, -1))
     assert not drawn[0][:, 2:].equal(codes[:, 2:].expand(6, -1, -1))
     assert (a == make("b", "--from", path, "--keep", 0, 3, 32, 9, *flags, "--per-proc-batch-size", 4)).all()
