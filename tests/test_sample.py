@@ -257,7 +257,8 @@ def test_the_baselines_train_and_sample_and_refuse_what_means_nothing_to_them(tr
 @pytest.mark.parametrize("flags, message", [
     *((f"{flag} 0", f"{flag}: 0") for flag in ("--tau", "--steps", "--num-samples", "--per-proc-batch-size")),
     ("--tau 1e-42", "--tau: 1e-42"), ("--tau nan", "--tau: nan"), ("--cfg-scale nan", "--cfg-scale"), ("--seed -1", "--seed"),
-    ("--npz --tau 0.3 0.9", "--npz"), ("--order 3", "--order"), ("--cfg-interval 0.5 2", "--cfg-interval"), ("--cfg-interval 0.8 0.3", "LO"),
+    ("--npz --tau 0.3 0.9", "--npz"), ("--order 3", "--order"),
+    ("--cfg-interval 0.5 2", "--cfg-interval"), ("--cfg-interval 0.8 0.3", "LO"),
     ("--start 0.5", "--from"), ("--keep 0 0 8 8", "--from"), ("--from cat.png", "--start"), ("--from cat.png --start 1", "--start"),
     ("--from cat.png --start -0.1", "--start"), ("--from cat.png --start 0.5 --resample 2", "--resample")])
 def test_flags_that_make_no_sense_exit_with_code_2_and_a_sentence(flags, message, capsys):
@@ -294,6 +295,7 @@ def test_the_documented_commands_work_one_after_the_other(tmp_path, tiny_data):
         assert (tmp_path / f"two/{i:06d}.png").read_bytes() == (tmp_path / f"samples/{i:06d}.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_wrong_input_is_one_line_and_exit_code_1(tmp_path):
     for script, flags in (("train.py", ["--data", "nowhere"]), ("sample.py", []), ("fid.py", ["nowhere"])):
         result = subprocess.run([sys.executable, ROOT / script, *flags], cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -155,6 +155,7 @@ def test_micro_batches_add_up_to_the_batch(run):
             assert x[key] == pytest.approx(y[key], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, tiny_data):
     flags = ["train.py", "--data", tiny_data, "--model", "DiT-demo/2", "--steps", 8, "--global-batch-size", 8, "--log-every", 1,
              "--no-bf16", "--name"]
@@ -169,6 +170,7 @@ def test_two_processes_train_as_one(tmp_path, tiny_data):
             assert one[key] == pytest.approx(two[key], rel=1e-4), one["step"]
 
 
+@pytest.mark.slow
 def test_a_signal_finishes_the_step_saves_and_exits(tmp_path, tiny_data):
     process = subprocess.Popen([sys.executable, ROOT / "train.py", "--data", tiny_data, "--model", "DiT-demo/2", "--steps", "1000000",
                                 "--global-batch-size", "8", "--name", "a", "--no-bf16"], cwd=tmp_path,

@@ -855,6 +855,7 @@ def test_a_kill_between_two_writes_does_no_harm(moment, run, copied, tmp_path, m
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_bytes_of_one(run, images, copied, tiny_file, tmp_path):
     flags = "--flip", "--skip-bad", "--reference", images
     run(copied, "--out", tmp_path / "one", *flags)
@@ -1106,6 +1107,7 @@ def test_a_process_multiplies_float32_exactly_whatever_was_set_before(monkeypatc
     assert not torch.backends.cuda.matmul.allow_tf32 and torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.slow
 def test_a_wrong_input_ends_the_command_with_one_line_and_exit_code_1(images, tmp_path):
     process = start(command(images, "--out", tmp_path / "out", file=tmp_path / "nowhere.pt"))
     printed, errors = process.communicate(timeout=120)
