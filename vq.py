@@ -144,9 +144,8 @@ class Decoder(nn.Module):
 class VQ(nn.Module):
     """Autoencode images through a grid of discrete codes; the defaults are vq-f8's.
 
-    Key names are CompVis's. With l2_norm (LlamaGen), codes and encoder outputs are unit vectors;
-    the authors' release samples with unnormalised codes. num_groups applies to every group norm. Narrow
-    networks need fewer than 32: a group of one channel loses its mean, and so the picture's brightness.
+    Key names are CompVis's. With l2_norm (LlamaGen), codes and encoder outputs are unit vectors; the authors'
+    release samples with unnormalised codes. Narrow networks need few groups: one of one channel has no mean.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, n_embed=16384,
@@ -197,8 +196,7 @@ def nearest_code(z, E):
     e2 = E.square().sum(1)                      # |z|^2 is left out, the same for all k
     step = max(1, (2 ** 26 if z.is_cuda else 2 ** 18) // len(E))  # 1 MiB of distances stays in a CPU's cache
     with torch.autocast(z.device.type, enabled=False):      # float32 island: bf16 changes codes
-        distances = (torch.addmm(e2, rows, E.T, alpha=-2) for rows in z.split(step))
-        return torch.cat([some.argmin(1) for some in distances])
+        return torch.cat([torch.addmm(e2, rows, E.T, alpha=-2).argmin(1) for rows in z.split(step)])
 
 
 # ------------------------------ weights
@@ -209,7 +207,6 @@ TRAINERS = re.compile(r"(pytorch_lightning|lightning)\..+|argparse\.Namespace|_c
 
 class Stub:
     """Stand in for a trainer's pickled object: accept any arguments, do nothing."""
-
     def __init__(self, *_, **__):
         pass
     __setstate__ = __init__
@@ -303,12 +300,8 @@ def to_pixels(x):
 
 def decode_pixels(vq, codes):
     """Decode codes [B,h,w] to uint8 [B,H,W,3]; on a CPU one by one, as rounding depends on the batch."""
-    parts = codes.split(8 if codes.is_cuda else 1)
     with torch.autocast(codes.device.type, enabled=False):  # float32 island
-        return torch.cat([to_pixels(vq.decode(part)).cpu() for part in parts])
-
-
-FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # Pillow opens some others by running programs
+        return torch.cat([to_pixels(vq.decode(c)).cpu() for c in codes.split(8 if codes.is_cuda else 1)])
 
 
 def open_image(path, size):
@@ -320,24 +313,20 @@ def open_image(path, size):
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):      # 16 bits, which convert() clips to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return crop(image.convert("RGB"), size)
+            image = image.convert("RGB")
+        while min(image.size) >= 2 * size:
+            image = image.resize([x // 2 for x in image.size], Image.BOX)
+        scale = size / min(image.size)
+        image = image.resize([round(x * scale) for x in image.size], Image.BICUBIC)
+        left, top = ((x - size) // 2 for x in image.size)
+        return np.array(image)[top:top + size, left:left + size]
     except Exception as error:  # Pillow raises many kinds
         raise InputError(f"{path}: unreadable ({error}); repair it or use another") from None
 
 
-def crop(image, size):  # openai/guided-diffusion
-    while min(image.size) >= 2 * size:
-        image = image.resize([x // 2 for x in image.size], Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize([round(x * scale) for x in image.size], Image.BICUBIC)
-    left, top = ((x - size) // 2 for x in image.size)
-    return np.array(image)[top:top + size, left:left + size]
-
-
 def sheet(pixels, columns):
     """Arrange uint8 [B,H,W,3] in rows on a white picture [H',W',3], two pixels apart."""
-    pixels = np.asarray(pixels)
-    B, H, W, _ = pixels.shape
+    B, H, W, _ = np.shape(pixels)
     rows = -(-B // columns)
     page = np.full((rows * columns, H + 2, W + 2, 3), 255, np.uint8)
     page[:B, 1:-1, 1:-1] = pixels
@@ -413,6 +402,7 @@ def claim_folder(folder, note, record, rank):
 # ------------------------------ encoding a data set
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
+FORMATS = "PNG", "JPEG", "WEBP", "BMP"          # Pillow opens some others by running programs
 EMPTY = 2 ** 16 - 1  # in codes.npy: not encoded yet
 
 

@@ -923,9 +923,9 @@ def test_skip_bad_marks_pictures_and_keeps_the_others_in_place(content, run, cop
 
 
 def test_whatever_a_picture_raises_its_name_is_told(run, images, tmp_path, monkeypatch):
-    def broken(image, size):
+    def broken(*_, **__):
         raise struct.error("required argument is not an integer")        # Pillow's, for a damaged tag
-    monkeypatch.setattr(vq, "crop", broken)
+    monkeypatch.setattr(vq.Image, "open", broken)
     with pytest.raises(vq.InputError, match="0.png"):
         run(images, "--out", tmp_path / "out")
 
