@@ -137,7 +137,8 @@ class Purrception(nn.Module):
             for place, logits in self.logits(h):
                 pi = torch.softmax(logits / tau, 1)         # [n,K]
                 mu[place] = pi @ E
-        return to_grid(mu, p, z.shape[-2:]).movedim(-1, 1)
+        mu = to_grid(mu, p, z.shape[2:])
+        return mu.movedim(-1, 1)
 
     def velocity(self, z: Tensor, t: Tensor, y: Tensor, tau=1.0, cfg=1.0) -> Tensor:
         """Compute v = (mu - z) / (1 - t) (Eq. 13): [B,d,h,w]."""
@@ -158,20 +159,25 @@ class Purrception(nn.Module):
         z = self.prior(len(y)) if noise is None else noise
         last = None  # time and mu of the last call
         for s in range(steps):
-            t, after = (start + (1 - start) * i / steps for i in (s, s + 1))
+            t = start + (1 - start) * s / steps
+            after = start + (1 - start) * (s + 1) / steps
+            time = torch.full((len(y),), t, device=z.device)
             guidance = cfg if interval[0] <= t <= interval[1] else 1.0
-            v = self.velocity(z, torch.full((len(y),), t, device=z.device), y, tau, guidance)
+            v = self.velocity(z, time, y, tau, guidance)
             if known is not None:
-                straight = (self.embed(known.clamp(0)) - z) / (1 - t)
-                v = torch.where(known.unsqueeze(1) < 0, v, straight)
+                z1 = self.embed(known.clamp(0))
+                v = torch.where(known.unsqueeze(1) < 0, v, (z1 - z) / (1 - t))
             if order == 2:
                 mu = z + (1 - t) * v
                 if last:
-                    v = v + bend(t, after) * (mu - last[1]) / (t - last[0])
+                    slope = (mu - last[1]) / (t - last[0])
+                    v = v + bend(t, after) * slope
                 last = t, mu
             z = z + (after - t) * v
         codes = self.nearest(z)
-        return codes if known is None else torch.where(known < 0, codes, known)
+        if known is not None:
+            codes = torch.where(known < 0, codes, known)
+        return codes
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
@@ -216,7 +222,8 @@ class CFM(Purrception):
 
     def loss(self, z: Tensor, t: Tensor, y: Tensor, codes: Tensor) -> tuple[Tensor, dict]:
         """Compute the mean of (v - (z1 - z0))^2 at the point z [B,d,h,w] of the path."""
-        straight = (self.embed(codes) - z) / (1 - t.view(-1, 1, 1, 1))  # z1 - z0
+        z1 = self.embed(codes)
+        straight = (z1 - z) / (1 - t.view(-1, 1, 1, 1))  # z1 - z0
         mse = F.mse_loss(self.velocity(z, t, y), straight)
         return mse, {"mse": mse.detach()}
 
@@ -227,7 +234,8 @@ class CFM(Purrception):
         h = self.guided(z, t, y, cfg)
         v = at_least_float32(self.model.final_layer.linear(h))  # [BN,G*d]
         v = v.unflatten(1, (p * p, -1))
-        return to_grid(v, p, z.shape[2:]).movedim(-1, 1)
+        v = to_grid(v, p, z.shape[2:])
+        return v.movedim(-1, 1)
 
     def sample(self, y: Tensor, steps=100, *, cfg=1.0, **others) -> Tensor:
         """Sample codes [B,h,w] as Purrception does."""
@@ -256,7 +264,8 @@ class DFM(Purrception):
 
     def path(self, z0, codes, t):
         """Mask the codes [B,h,w] that are unmasked after t: [B,h,w] in 0..K."""
-        return torch.where(z0[:, 0] < t.view(-1, 1, 1), codes, len(self.codebook))
+        t = t.view(-1, 1, 1)
+        return torch.where(z0[:, 0] < t, codes, len(self.codebook))
 
     @torch.no_grad()
     def sample(self, y: Tensor, steps=100, tau=1.0, cfg=1.0, noise=None) -> Tensor:

@@ -49,7 +49,8 @@ def load_run(path, device, data=None):
 
 def pick_classes(wanted, names):
     """Convert class names or numbers to numbers; None means all."""
-    numbers = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    numbers = {str(i): i for i in range(len(names))}
+    numbers |= {name: i for i, name in enumerate(names)}
     for name in wanted or ():
         if name not in numbers:
             raise InputError(f"--classes {name}: no such class; give numbers from 0 to {len(names) - 1} or "
@@ -73,8 +74,9 @@ def encode_picture(args, vq, size, device):
             raise InputError(f"--keep {x0} {y0} {x1} {y1}: not left, top, right and bottom of a box in "
                              f"{size}x{size} pixels")
         f = vq.factor
-        box = ..., slice(y0 // f, -(-y1 // f)), slice(x0 // f, -(-x1 // f))
-        known[box] = codes[box]
+        rows = slice(y0 // f, -(-y1 // f))
+        columns = slice(x0 // f, -(-x1 // f))
+        known[:, rows, columns] = codes[:, rows, columns]
     return codes, known
 
 
@@ -110,7 +112,8 @@ def finish_folder(paths, args, columns):
     save_image(f"{args.out}.png", shown, columns)
     if args.npz:
         with replacing(f"{args.out}.npz") as file:
-            np.savez(file, arr_0=np.stack([np.asarray(Image.open(path)) for path in paths]))
+            images = [np.asarray(Image.open(path)) for path in paths]
+            np.savez(file, arr_0=np.stack(images))
     print(f"{len(paths)} images in {args.out}/, a sheet in {args.out}.png; next: python fid.py {args.out}/")
 
 
@@ -203,8 +206,9 @@ def main(argv=None):
             if not args.picture:
                 return decode_pixels(vq, flow.sample(y, noise=noise(), **knobs))
             codes = picture
-            for t in np.linspace(args.start, 1, args.resample + 2)[:-1].tolist():
-                z = flow.path(noise(), codes, torch.full((len(y),), t, device=device))
+            *starts, _ = np.linspace(args.start, 1, args.resample + 2).tolist()
+            for t in starts:
+                z = flow.path(noise(), codes, torch.full_like(y, t, dtype=torch.float))
                 codes = flow.sample(y, noise=z, start=t, known=known, **knobs)
         kept = (known >= 0).repeat_interleave(vq.factor, 1).repeat_interleave(vq.factor, 2)  # [1,H,W]
         return torch.where(kept.cpu().unsqueeze(3), decode_pixels(vq, picture), decode_pixels(vq, codes))
