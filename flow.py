@@ -402,9 +402,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def softmax_part(logits, c, z_weight):
-    """Return log sum_k exp logit_k, the logit of c, scale [n,1] each, and the gradient / scale [n,K].
+    """Return logsumexp, the logit of c, scale [n,1] each, and gradient / scale [n,K].
 
-    The gradient overwrites the logits. scale is left to the smaller factors of its products.
+    The latter overwrites the logits. scale is left to the smaller factors of its products.
     """
     top = logits.amax(1, keepdim=True)
     logit_c = logits.gather(1, c)
@@ -415,7 +415,7 @@ def softmax_part(logits, c, z_weight):
 
 
 def compile_loss():
-    """Compile softmax_part: one or two passes over the logits instead of six."""
+    """Compile softmax_part: two passes over the logits instead of six."""
     global softmax_part
     softmax_part = torch.compile(softmax_part)
 

@@ -154,7 +154,7 @@ def bf16_is_fast(device):
 
 
 def compile_blocks(model):
-    """Compile a DiT block by block, and the loss. One graph serves all; DDP gets gradients one by one."""
+    """Compile the loss, and blocks one by one: one graph serves all, and DDP need not wait."""
     torch._dynamo.config.optimize_ddp = False  # it would cut the graph
     for block in model.blocks:
         block.compile()
@@ -236,10 +236,7 @@ def append_line(path, line):
 # ------------------------------ the loop
 
 def train(args, data, vq, ckpt, run, rank, world, device, bar):
-    """Train from the checkpoint ckpt, or from scratch if it is None, until args.steps or a signal.
-
-    Returns the number of steps done.
-    """
+    """Train from the checkpoint ckpt, or None, until args.steps or a signal. Returns the steps done."""
     B = args.global_batch_size
     share = B // world  # images per process
     b = share // args.accumulate

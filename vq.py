@@ -155,7 +155,7 @@ class VQ(nn.Module):
         self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels)
         self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels)
         self.quantize = nn.Module()
-        E = torch.randn(n_embed, embed_dim)  # nn.Embedding's own draw imports the compiler, on "meta"
+        E = torch.randn(n_embed, embed_dim)  # nn.Embedding's own imports the compiler, on "meta"
         self.quantize.embedding = nn.Embedding.from_pretrained(E, freeze=False)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
