@@ -449,7 +449,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
             ce += (lse - logit_c).sum()                     # -log pi_c
             z_part += z_weight * lse.square().sum()
             if wanted:
-                db[g] += (grad.T @ scale).squeeze(1)
+                db[g] += torch.mv(grad.T, scale.squeeze(1))
                 grad = grad.to(dtype)
                 dh[some] += scale * (grad @ W[g])
                 dW[g] += grad.T @ (scale * x).to(dtype)

@@ -194,9 +194,12 @@ class VQ(nn.Module):
 def nearest_code(z, E):
     """Find argmin_k |z - e_k| for every row of z [N,d] among the rows of E [K,d]: int64 [N]."""
     e2 = E.square().sum(1)                      # |z|^2 is left out, the same for all k
+    codes = torch.empty(len(z), dtype=torch.long, device=z.device)
     step = max(1, (2 ** 26 if z.is_cuda else 2 ** 18) // len(E))  # 1 MiB of distances stays in a CPU's cache
     with torch.autocast(z.device.type, enabled=False):      # float32 island: bf16 changes codes
-        return torch.cat([torch.addmm(e2, rows, E.T, alpha=-2).argmin(1) for rows in z.split(step)])
+        for i in range(0, len(z), step):
+            codes[i:i + step] = torch.addmm(e2, z[i:i + step], E.T, alpha=-2).argmin(1)
+    return codes
 
 
 # ------------------------------ weights
@@ -384,10 +387,7 @@ def start_process():
 
 
 def claim_folder(folder, note, record, rank):
-    """Write `record`, which describes the folder, to the JSON file `note`, in process 0.
-
-    Raises InputError if the folder holds files and `note` is missing or differs beyond num_samples.
-    """
+    """Write `record` to the JSON file `note`, in process 0. Raises InputError if others' files are there."""
     def same():
         return note.exists() and read_json(note) | {"num_samples": 0} == record | {"num_samples": 0}
     if rank == 0:
