@@ -30,8 +30,8 @@ from train import (bf16_is_fast, build, compile_blocks, flags, load_weights, new
 from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image, replacing, save_image,
                 start_process)
 
-SHOWN = 100                                     # images on the sheet
-BEYOND = "order", "interval", "picture", "start", "keep", "resample"        # flags beyond the paper
+SHOWN = 100  # images on the sheet
+BEYOND = "order", "interval", "picture", "start", "keep", "resample"  # flags beyond the paper
 
 
 def load_run(path, device, data=None):

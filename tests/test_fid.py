@@ -544,6 +544,7 @@ def test_ctrl_c_while_threads_read_ends_in_one_line(pair):
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "interrupted\n")
 
 
+@pytest.mark.slow
 def test_nothing_of_the_project_is_imported():
     program = "import fid, sys; sys.exit(bool({'vq', 'model', 'flow', 'train', 'sample'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0

@@ -258,6 +258,7 @@ def test_torch_compile_agrees():
     assert_same(gradients(compiled(*inputs), inputs), gradients(step(*inputs), inputs), 0)
 
 
+@pytest.mark.slow
 def test_scripts_start_without_loading_the_compiler():
     command = "import sys, sample, fid; sys.exit('torch._dynamo' in sys.modules)"    # it takes a second
     assert subprocess.run([sys.executable, "-c", command], cwd=ROOT).returncode == 0

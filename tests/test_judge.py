@@ -97,6 +97,7 @@ def test_variance_is_that_within_a_coat():
     assert judge.variance(numbers, coats) == pytest.approx([(2 + 2) / 3])
 
 
+@pytest.mark.slow
 def test_the_committed_judge_reads_real_cats_and_tells_them_from_wrong_ones():
     net, vq = judge.load_judge(CPU), load_vq(judge.HERE / "tokenizer.pt")
     drawn, coats, numbers = cats.cats(100, seed=2)         # a seed that nothing was trained on

@@ -59,6 +59,7 @@ def test_the_moving_codebook_goes_to_the_means_and_revives_dead_codes():
     assert (E[2] == h).all(1).any()
 
 
+@pytest.mark.slow
 def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "CONFIG", TINY_VQ)
     monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path), "--num-images", "20", "--num-reference", "5",
