@@ -433,7 +433,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
     W = weight.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K,D]
     b = bias.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K]
     G, K, _ = W.shape
-    space = rows.new_empty(min(len(rows), chunk_rows(K, h.device)), K)  # one buffer: less memory
+    space = rows.new_empty(min(len(rows), chunk_rows(K, h.device)), K)  # less memory
     ce, z_part = torch.zeros(2, dtype=exact, device=h.device)
     if wanted:
         dh = torch.zeros_like(rows, dtype=exact)

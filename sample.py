@@ -31,7 +31,7 @@ from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image
                 start_process)
 
 SHOWN = 100  # images on the sheet
-BEYOND = "order", "interval", "picture", "start", "keep", "resample"  # flags beyond the paper
+BEYOND = "order", "interval", "picture", "start", "keep", "resample"  # beyond the paper
 
 
 def load_run(path, device, data=None):
