@@ -537,7 +537,7 @@ def test_ctrl_c_while_threads_read_ends_in_one_line(pair):
         import os, runpy, signal
         from PIL import Image
         once = iter([signal.SIGINT])
-        Image.open = lambda path: [os.kill(os.getpid(), number) for number in once]
+        Image.open = lambda path, **_: [os.kill(os.getpid(), number) for number in once]
         runpy.run_path("fid.py", run_name="__main__")"""
     argv = [sys.executable, "-c", program, Path("a").absolute(), "--ref", ROOT, "--features", "untrained"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=120)
