@@ -171,7 +171,7 @@ def perfect_dfm():
     return DFM(Fake(logits, 2, K), torch.randn(K, 2), label_dropout=0)
 
 
-@pytest.mark.parametrize("steps", [1, 3, 300])
+@pytest.mark.parametrize("steps", [1, 3, pytest.param(300, marks=pytest.mark.slow)])
 def test_dfm_with_a_perfect_posterior_returns_the_data(steps):
     torch.manual_seed(0)
     n = 20000

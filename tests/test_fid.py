@@ -177,6 +177,7 @@ def test_average_pools_leave_the_padding_out_and_the_last_block_takes_the_maximu
     assert [key for key, pool in pools.items() if torch.allclose(out, conv(pool), atol=1e-4)] == [kind]
 
 
+@pytest.mark.slow
 def test_loading_and_freezing_change_no_feature(network, tmp_path):
     counters = {f"{conv}.bn.num_batches_tracked": torch.tensor(0) for conv in CONVS}
     torch.save(as_published(network) | counters, tmp_path / "w.pth")
@@ -238,6 +239,7 @@ def test_loader_takes_either_name_from_the_hub_cache_else_downloads(weights, net
         assert not net.training and not any(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_loader_refuses_another_networks_file(weights, tmp_path):
     state = torch.load(weights)
     classes = {"fc.weight": torch.zeros(1000, 2048)}
@@ -332,6 +334,7 @@ def refused(capsys, *argv):
     return stop.value.code
 
 
+@pytest.mark.slow
 def test_a_folder_against_itself_gives_zero_on_the_real_network(tmp_path, capsys):
     folder(tmp_path / "images", 3)
     command(tmp_path / "images", "--ref", tmp_path / "images", "--features", "untrained")

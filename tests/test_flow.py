@@ -246,6 +246,7 @@ def test_under_autocast_only_the_product_is_bf16(monkeypatch, features):
 
 
 @pytest.mark.filterwarnings("ignore")       # the compiler's own
+@pytest.mark.slow
 def test_torch_compile_agrees():
     inputs, target = head_inputs(20, groups=2)
 

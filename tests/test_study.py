@@ -70,6 +70,7 @@ def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkey
 
 
 @pytest.mark.parametrize("killed", ["before its first checkpoint", "between two"])
+@pytest.mark.slow
 def test_a_killed_run_is_finished(small, killed):
     run = study.Run("cfm", 1e-3, 0)
     whole = torch.load(small().trained(run).checkpoint(4))

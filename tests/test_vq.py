@@ -447,6 +447,7 @@ def test_an_archive_behind_a_legacy_pickle_does_not_hide_it(tiny_file, tmp_path)
 # ------------------------------ damaged files
 
 @ZIPPED
+@pytest.mark.slow
 def test_a_truncated_file_is_refused_whatever_its_length(zipped, tiny, tmp_path):
     whole = save(own(tiny), tmp_path / "a.pt", zipped).read_bytes()
     lengths = {*range(12), *range(12, 400, 37), *np.linspace(400, len(whole), 40, dtype=int)[:-1]}
@@ -458,6 +459,7 @@ def test_a_truncated_file_is_refused_whatever_its_length(zipped, tiny, tmp_path)
 
 
 @ZIPPED
+@pytest.mark.slow
 def test_a_damaged_byte_never_gives_another_error(zipped, tiny, tmp_path):
     whole = save(own(tiny), tmp_path / "a.pt", zipped).read_bytes()
     rng = np.random.default_rng(0)
