@@ -171,10 +171,10 @@ def check(parser, args, ckpt, settings, beyond):
 
 
 def speed_up(model, args, device):
-    """Apply --bf16 and --compile. Return whether to use bf16."""
+    """Apply --bf16 and --compile. Return whether bf16 is on."""
     bf16 = device.type == "cuda" and bf16_is_fast(device) if args.bf16 is None else args.bf16
     if bf16:
-        model.blocks.bfloat16()  # else autocast casts the weights in every call
+        model.blocks.bfloat16()  # else autocast casts weights in every call
     if args.compile:
         compile_blocks(model)
     return bf16
@@ -193,6 +193,8 @@ def main(argv=None):
     bf16 = speed_up(flow.model, args, device)
     if args.picture:
         picture, known = encode_picture(args, vq, data.meta["image_size"], device)
+        kept = (known >= 0).cpu().repeat_interleave(vq.factor, 1).repeat_interleave(vq.factor, 2)
+        decoded = decode_pixels(vq, picture)
 
     def draw(indices, tau=taus[0]):
         y = torch.tensor([classes[i % len(classes)] for i in indices], device=device)
@@ -210,8 +212,7 @@ def main(argv=None):
             for t in starts:
                 z = flow.path(noise(), codes, torch.full_like(y, t, dtype=torch.float))
                 codes = flow.sample(y, noise=z, start=t, known=known, **knobs)
-        kept = (known >= 0).repeat_interleave(vq.factor, 1).repeat_interleave(vq.factor, 2)  # [1,H,W]
-        return torch.where(kept.cpu().unsqueeze(3), decode_pixels(vq, picture), decode_pixels(vq, codes))
+        return torch.where(kept[..., None], decoded, decode_pixels(vq, codes))
 
     if len(taus) > 1:
         return save_temperatures(draw, taus, args) if rank == 0 else None

@@ -222,7 +222,7 @@ def show(name, found):
 def score(folder, device):
     """Judge a folder of samples, and beside it as many real cats."""
     pixels, coats = read_samples(folder)
-    judge, vq = load_judge(device), load_vq(HERE / "tokenizer.pt").to(device)
+    judge, vq = load_judge(device), load_vq(HERE / "tokenizer.pt", device)
     real = reference(judge, vq, device)
     found = figures(look(judge, pixels), coats, real)
     show(f"{len(coats)} samples ({folder})", found)
@@ -234,7 +234,7 @@ def score(folder, device):
 def train_and_test(args, device):
     """Train a judge on the cats of codes.npy, write it, and print how well it reads held-out cats."""
     start = time.time()
-    vq = load_vq(HERE / "tokenizer.pt").to(device)
+    vq = load_vq(HERE / "tokenizer.pt", device)
     codes = torch.from_numpy(np.load(HERE / "codes.npy")[:args.num_images].astype(np.int64))
     _, coats, numbers = cats(len(codes), TRAIN_SEED)
     pixels = torch.cat([decode_pixels(vq, some.to(device)) for some in codes.split(250)])
