@@ -31,7 +31,7 @@ from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image
                 start_process)
 
 SHOWN = 100  # images on the sheet
-BEYOND = "order", "interval", "picture", "start", "keep", "resample"  # beyond the paper
+BEYOND = "order", "interval", "picture", "start", "keep", "resample"  # not the paper's
 
 
 def load_run(path, device, data=None):
@@ -97,7 +97,7 @@ def fill_folder(draw, args, rank, world):
         for at in range(0, len(todo), args.per_proc_batch_size):
             batch = todo[at:at + args.per_proc_batch_size]
             pixels = draw(batch)
-            list(saved)  # wait for the batch before, or raise its error
+            list(saved)  # await the last batch, or raise its error
             saved = pool.map(save_image, [paths[i] for i in batch], pixels)
             bar.update(len(batch))
         list(saved)
