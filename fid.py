@@ -8,7 +8,7 @@ covariance S. The distance is that of the two Gaussians:
     python fid.py samples/                                             the reference that sample.py recorded
     python fid.py samples/ --ref imagenet/val                          a folder, the paper's protocol
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz    ADM's reference batch
-    python fid.py imagenet/val --ref imagenet/val --save-stats val.npz           statistics, for --ref
+    python fid.py imagenet/val --ref imagenet/val --save-stats val.npz      statistics, for --ref
 
 A set is a folder of images, searched recursively, or an .npz of uint8 images (arr_0, [N,H,W,3]) or of
 statistics (mu, sigma), which take precedence if they fit --features. The number is torch-fidelity's on the
@@ -49,7 +49,7 @@ class InputError(SystemExit):
     """Name a wrong file or flag, and end the script with exit code 1."""
 
 
-# ------------------------------ the network
+# ---------- the network
 
 class Conv(nn.Module):
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
@@ -149,16 +149,16 @@ class InceptionV3(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dtype != torch.uint8:
             raise TypeError(f"InceptionV3 takes uint8 pixels from 0 to 255, not {x.dtype}")
-        x = (resize(x.float()) - 128) / 128     # [B,3,299,299]
+        x = (resize(x.float()) - 128) / 128  # [B,3,299,299]
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes features
             x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # [B,64,147,147]
             x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(HALVE(x)))  # [B,192,71,71]
             x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(HALVE(x))))  # [B,288,35,35]
             x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))
-            x = self.Mixed_6e(self.Mixed_6d(x))             # [B,768,17,17]
+            x = self.Mixed_6e(self.Mixed_6d(x))  # [B,768,17,17]
             x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  # [B,2048,8,8]
-        return x.mean((2, 3))                   # [B,2048]
+        return x.mean((2, 3))  # [B,2048]
 
     def freeze(self):
         """Fold batch norms into convolutions, use channels-last: 2.2x faster on a CPU core."""
@@ -185,7 +185,7 @@ def resize(x, size=299):
     return x
 
 
-# ------------------------------ its weights
+# ---------- its weights
 
 def our_name(key):
     """Rename a published key. There, branch steps count from 1, forks are a and b, pools do not count."""
@@ -228,7 +228,7 @@ def untrained_inception(seed=0):
     return net.freeze()
 
 
-# ------------------------------ the distance
+# ---------- the distance
 
 def statistics(features):
     """Compute mean [D] and covariance [D,D] (divided by N - 1) of features [N,D], in float64."""
@@ -259,7 +259,7 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
     return max(float(distance), 0.0)  # a set against itself may round to -1e-12
 
 
-# ------------------------------ sets of images
+# ---------- sets of images
 
 def read_image(path):
     try:
@@ -316,7 +316,6 @@ def measure(path, features, net, args):
 
 
 def save_statistics(path, **arrays):
-    """Write an .npz file, whole or not at all."""
     partial = path.with_name(f".{path.stem}.partial.npz")
     try:
         np.savez(partial, **arrays)

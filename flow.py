@@ -8,7 +8,7 @@
     sampling    for s = 0..T-1: t = s/T, z <- z + v/T; then the nearest code    (Appendix B)
     guidance    logits = u + cfg (c - u),  c with the class, u without
 
-The method comes first, then two baselines, then the head in chunks. The network must have
+The method comes first, then three baselines, then the head in chunks. The network must have
 hidden(z, t, y), final_layer.linear, input_size, patch_size and num_classes; DFM also needs
 in_channels and x_embedder.
 
@@ -54,13 +54,12 @@ class Purrception(nn.Module):
         t = t.view(-1, 1, 1, 1)
         return t * z1 + (1 - t) * z0
 
-    # ------------------------------ training
+    # ---------- training
 
     def noise(self, B, generator=None):
         """Draw what a training step needs: t ~ U(0, 1) [B], z0, and which labels to drop [B].
 
-        The authors' release draws t from (0.001, 1) and drops no labels, so its null class is
-        never trained.
+        The authors' release has t > 0.001 and drops no labels: its null class stays untrained.
         """
         t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
         return t, self.prior(B, generator), drop < self.label_dropout
@@ -81,12 +80,12 @@ class Purrception(nn.Module):
     def loss(self, z: Tensor, t: Tensor, y: Tensor, codes: Tensor) -> tuple[Tensor, dict]:
         """Compute -log pi_c + z-loss (Eq. 14) at the point z [B,d,h,w] of the path."""
         head = self.model.final_layer.linear
-        h = self.model.hidden(z, t, y)          # [B,N,D]
-        target = to_tokens(codes, self.model.patch_size)    # [B,N,G]
+        h = self.model.hidden(z, t, y)  # [B,N,D]
+        target = to_tokens(codes, self.model.patch_size)  # [B,N,G]
         loss, ce, z_part = linear_cross_entropy(h, head.weight, head.bias, target, self.z_loss)
         return loss, {"ce": ce, "z": z_part}
 
-    # ------------------------------ sampling
+    # ---------- sampling
 
     def guided(self, z, t, y, cfg):
         """Run the network once: features [BN,D] for which the head returns u + cfg (c - u).
@@ -184,7 +183,7 @@ class Purrception(nn.Module):
         """Find the nearest codes, argmin_k |z - e_k|, of z [B,d,h,w]: [B,h,w]."""
         E = self.codebook
         e2 = E.square().sum(1)
-        rows = z.movedim(1, -1).flatten(0, 2)   # [Bhw,d]
+        rows = z.movedim(1, -1).flatten(0, 2)  # [Bhw,d]
         codes = rows.new_empty(len(rows), dtype=torch.long)
         with torch.autocast(z.device.type, enabled=False):  # float32 island: distances
             for some, _ in chunks(len(rows), 1, len(E), z.device):
@@ -206,7 +205,7 @@ def bend(t, after):
     return 1 - math.log(r) / (r - 1)
 
 
-# ------------------------------ the baselines
+# ---------- the baselines
 
 class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
@@ -240,6 +239,21 @@ class CFM(Purrception):
     def sample(self, y: Tensor, steps=100, *, cfg=1.0, **others) -> Tensor:
         """Sample codes [B,h,w] as Purrception does."""
         return super().sample(y, steps, None, cfg, **others)
+
+
+class Endpoint(CFM):
+    """Regress z1, as the authors' release can: the network returns mu, and v follows (Eq. 13)."""
+
+    def loss(self, z, t, y, codes):
+        """Compute the mean of (mu - z1)^2 at the point z [B,d,h,w] of the path."""
+        mse = F.mse_loss(self.mean(z, t, y), self.embed(codes))
+        return mse, {"mse": mse.detach()}
+
+    def mean(self, z, t, y, tau=None, cfg=1.0):
+        return super().velocity(z, t, y, tau, cfg)
+
+    def velocity(self, z, t, y, tau=None, cfg=1.0):
+        return Purrception.velocity(self, z, t, y, tau, cfg)
 
 
 class DFM(Purrception):
@@ -279,7 +293,7 @@ class DFM(Purrception):
         when, which = noise.unbind(1)  # [B,h,w] each
         p = self.model.patch_size
         masked = len(self.codebook)
-        uniform = to_tokens(which, p).flatten(0, 1)         # [BN,G]
+        uniform = to_tokens(which, p).flatten(0, 1)  # [BN,G]
         z = torch.full_like(when, masked, dtype=torch.long)  # [B,h,w]
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
@@ -312,10 +326,15 @@ class CodeEmbedder(nn.Embedding):
         return super().forward(z).movedim(-1, 1)
 
 
-OBJECTIVES = {"purrception": Purrception, "cfm": CFM, "dfm": DFM}
+OBJECTIVES = {
+    "purrception": Purrception,
+    "cfm": CFM,
+    "endpoint": Endpoint,
+    "dfm": DFM,
+}
 
 
-# ------------------------------ tokens and positions
+# ---------- tokens and positions
 
 def to_tokens(codes, p):
     """Reorder codes [B,h,w] to the network's patches: [B,N,G]."""
@@ -332,7 +351,7 @@ def to_grid(x, p, grid):
     return x.transpose(2, 3).reshape(-1, h, w, C)
 
 
-# ------------------------------ the head, in chunks
+# ---------- the head, in chunks
 
 CHUNK = 2 ** 22  # logits at a time, 16 MiB in float32. From 32 MiB on, malloc maps new pages
 
@@ -426,7 +445,7 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
     The gradient with respect to a position's logits, pi (1 + 2 z_weight lse) - onehot(c), adds to
     those of h, weight and bias, and is dropped.
     """
-    exact = torch.promote_types(dtype, torch.float32)       # float32 island; float64 stays
+    exact = torch.promote_types(dtype, torch.float32)  # float32 island; float64 stays
     P = target.numel()
     rows = h.flatten(0, -2).to(dtype)           # [R,D]
     target = target.reshape(len(rows), -1)      # [R,G]
@@ -444,9 +463,9 @@ def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
         for some, g in chunks(len(rows), G, K, h.device):
             x = rows[some]                                  # [n,D]
             c = target[some, g, None]                       # [n,1]
-            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)])   # [n,K]
+            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)])  # [n,K]
             lse, logit_c, scale, grad = softmax_part(logits.to(exact), c, z_weight)
-            ce += (lse - logit_c).sum()                     # -log pi_c
+            ce += (lse - logit_c).sum()  # -log pi_c
             z_part += z_weight * lse.square().sum()
             if wanted:
                 db[g] += torch.mv(grad.T, scale.squeeze(1))

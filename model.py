@@ -133,7 +133,7 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = adaln(width, 6)
 
-    def forward(self, x, c):                    # x [B,N,D], c [B,D]
+    def forward(self, x, c):  # x [B,N,D], c [B,D]
         parts = self.adaLN_modulation(c).unsqueeze(1).chunk(6, 2)  # [B,1,D] each
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         # x + gate * ..., in less memory

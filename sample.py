@@ -2,14 +2,14 @@
 
     python sample.py --tau 0.9                      the newest run's averaged weights, into samples/
     python sample.py --tau 0.3 0.6 0.9 1.2          one sheet, a row for each temperature (Figure 5)
-    python sample.py --tau 0.9 --cfg-scale 2 --classes siamese calico 0 --num-samples 30 --out cats
+    python sample.py --cfg-scale 2 --classes siamese calico 0 --out cats
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --cfg-scale 1.3 --npz
 
 Beyond the paper:
 
-    python sample.py --steps 10 --order 2                                   ten network calls for a hundred
-    python sample.py --from cat.png --start 0.5                             variations of a picture
-    python sample.py --from cat.png --keep 0 0 64 32 --resample 4           a new lower half for it
+    python sample.py --steps 10 --order 2                              ten network calls for a hundred
+    python sample.py --from cat.png --start 0.5                        variations of a picture
+    python sample.py --from cat.png --keep 0 0 64 32 --resample 4      a new lower half for it
 
 Image i depends only on the checkpoint, the flags and (seed, i), in bf16 up to rounding: it has its own noise,
 and classes are used in turn. So one process or eight make the same images, and an interrupted run goes on.
@@ -31,6 +31,7 @@ from vq import (InputError, claim_folder, decode_pixels, from_pixels, open_image
                 start_process)
 
 SHOWN = 100  # images on the sheet
+TAU = {"purrception": 0.9, "dfm": 1.0}  # defaults; others have none
 BEYOND = "order", "interval", "picture", "start", "keep", "resample"  # not the paper's
 
 
@@ -108,12 +109,13 @@ def finish_folder(paths, args, columns):
     """Wait for all images; write the sheet and, if asked for, the .npz file."""
     while not all(path.exists() for path in paths):
         time.sleep(0.5)
-    shown = np.stack([np.asarray(Image.open(path)) for path in paths[:SHOWN]])
-    save_image(f"{args.out}.png", shown, columns)
+    def read(paths):
+        return np.stack([np.asarray(Image.open(path)) for path in paths])
+
+    save_image(f"{args.out}.png", read(paths[:SHOWN]), columns)
     if args.npz:
         with replacing(f"{args.out}.npz") as file:
-            images = [np.asarray(Image.open(path)) for path in paths]
-            np.savez(file, arr_0=np.stack(images))
+            np.savez(file, arr_0=read(paths))
     print(f"{len(paths)} images in {args.out}/, a sheet in {args.out}.png; next: python fid.py {args.out}/")
 
 
@@ -164,8 +166,9 @@ def check(parser, args, ckpt, settings, beyond):
     """Exit with code 2 if the run cannot do what the flags ask for."""
     if settings.objective == "dfm" and beyond:
         parser.error(f"{ckpt}: was trained with --objective dfm; only use the paper's flags")
-    if settings.objective == "cfm" and args.tau:
-        parser.error(f"--tau: {ckpt} was trained with --objective cfm, without a posterior; leave it out")
+    if settings.objective not in TAU and args.tau:
+        parser.error(f"--tau: {ckpt} was trained with --objective {settings.objective}, without a "
+                     "posterior; leave it out")
     if settings.label_dropout == 0 and args.cfg_scale != 1:
         parser.error(f"--cfg-scale: {ckpt} was trained with --label-dropout 0; leave it at 1")
 
@@ -189,7 +192,7 @@ def main(argv=None):
     flow, vq, data, settings, step = load_run(ckpt, device, args.data)
     check(parser, args, ckpt, settings, beyond)
     classes = pick_classes(args.classes, data.meta["classes"])
-    taus = args.tau or [{"purrception": 0.9, "dfm": 1.0, "cfm": None}[settings.objective]]
+    taus = args.tau or [TAU.get(settings.objective)]
     bf16 = speed_up(flow.model, args, device)
     if args.picture:
         picture, known = encode_picture(args, vq, data.meta["image_size"], device)

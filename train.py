@@ -1,8 +1,8 @@
 """Train Purrception, or one of its baselines, on the codes of a data directory.
 
-    python train.py                                                          the demo's cats, on a laptop
-    torchrun --nproc_per_node=8 train.py --data data/imagenet --name xl2     the paper's run
-    torchrun --nproc_per_node=8 train.py --name xl2 --resume                 continue where it stopped
+    python train.py                                                the demo's cats, on a laptop
+    torchrun --nproc_per_node=8 train.py --data data/imagenet      the paper's run
+    torchrun --nproc_per_node=8 train.py --resume                  continue where it stopped
 
 The defaults are the paper's; the data directory's recipe.txt overrides them, and the command line overrides
 both. A run writes runs/NAME/: ckpt.pt, the newest checkpoint; log.jsonl; and samples/, pictures by the
@@ -34,13 +34,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from flow import OBJECTIVES, compile_loss
+from flow import CFM, OBJECTIVES, compile_loss
 from model import SIZES, DiT
 from vq import (InputError, decode_pixels, load_vq, read_checkpoint, read_json, replacing, save_image,
                 start_process)
 
 
-# ------------------------------ data
+# ---------- data
 
 class Data(NamedTuple):
     """A data directory: codes and mirrored twins uint16 [N,h,w], on disk; labels [N]."""
@@ -106,21 +106,16 @@ def batch_rows(N, B, seed, step):
     return np.array([epoch_order(N, seed, epoch)[i] for epoch, i in zip(epochs, places)])
 
 
-def load_batch(data, rows, mirror, device):
-    """Load codes [B,h,w], mirrored where mirror [B] is true, and labels [B] of rows [B]: int64."""
+def fetch(data, args, step, mine, device):
+    """Load a process's slice of a batch: codes [b,h,w], mirrored at random, and labels [b], int64."""
+    B = args.global_batch_size
+    rows = data.rows[batch_rows(len(data.rows), B, args.seed, step)[mine]]
+    mirror = np.random.default_rng((args.seed, step, 1)).random(B)[mine] < 0.5
     codes = np.where(mirror[:, None, None], data.twins[rows], data.codes[rows])
     batch = [torch.from_numpy(x.astype(np.int64)) for x in (codes, data.labels[rows])]
     if device.type == "cuda":  # from pinned memory, copies do not wait for the GPU
         batch = [x.pin_memory() for x in batch]
     return [x.to(device, non_blocking=True) for x in batch]
-
-
-def fetch(data, args, step, mine, device):
-    """Load a process's slice of the batch of a step."""
-    B = args.global_batch_size
-    rows = data.rows[batch_rows(len(data.rows), B, args.seed, step)[mine]]
-    mirror = np.random.default_rng((args.seed, step, 1)).random(B)[mine] < 0.5
-    return load_batch(data, rows, mirror, device)
 
 
 def seeded(device, *key):
@@ -129,22 +124,22 @@ def seeded(device, *key):
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
 
-# ------------------------------ networks
+# ---------- networks
 
 def build(args, meta, codebook, side):
     """Build the method and its network from args, for a codebook [K,d] and side x side codes."""
     K, d = codebook.shape
     size = SIZES[args.model]
+    method = OBJECTIVES[args.objective]
+    regression = issubclass(method, CFM)
     model = DiT(
         input_size=side,
         in_channels=size["hidden_size"] if args.objective == "dfm" else d,  # dfm embeds its codes
-        out_channels=d if args.objective == "cfm" else K,
+        out_channels=d if regression else K,
         num_classes=len(meta["classes"]),
         **size)
-    method = OBJECTIVES[args.objective]
-    if args.objective == "cfm":
-        return method(model, codebook, args.label_dropout)
-    return method(model, codebook, args.z_loss, args.label_dropout)
+    settings = [args.label_dropout] if regression else [args.z_loss, args.label_dropout]
+    return method(model, codebook, *settings)
 
 
 def bf16_is_fast(device):
@@ -167,7 +162,7 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ------------------------------ runs and checkpoints
+# ---------- runs and checkpoints
 
 def newest_run(runs=Path("runs")):
     found = sorted(runs.glob("*/ckpt.pt"), key=os.path.getmtime)
@@ -233,7 +228,7 @@ def append_line(path, line):
         raise InputError(f"{path}: cannot be written ({error})") from None
 
 
-# ------------------------------ the loop
+# ---------- the loop
 
 def train(args, data, vq, ckpt, run, rank, world, device, bar):
     """Train from the checkpoint ckpt, or None, until args.steps or a signal. Returns the steps done."""
@@ -243,9 +238,9 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
     mine = slice(rank * share, (rank + 1) * share)
     torch.manual_seed(args.seed)
     flow = build(args, data.meta, vq.codebook, data.codes.shape[1]).to(device)
-    average = copy.deepcopy(flow).requires_grad_(False)     # the same method on averaged weights
+    average = copy.deepcopy(flow).requires_grad_(False)  # the same method on averaged weights
     params = [p for p in flow.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, args.lr, eps=1e-6, fused=True)      # the authors' release: eps 1e-8
+    opt = torch.optim.AdamW(params, args.lr, eps=1e-6, fused=True)  # the authors' release: eps 1e-8
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         pairs = (flow.model, ckpt["model"]), (average.model, ckpt["ema"]), (opt, ckpt["opt"])
@@ -285,7 +280,9 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         if not math.isfinite(means[0] + grad_norm):
             raise InputError(f"step {done}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
                              "the last checkpoint with --resume and a smaller --lr")
-        lr = args.lr * min(1, done / max(1, args.warmup))
+        rise = done / max(1, args.warmup)
+        fall = (args.steps - step) / max(1, args.cooldown)
+        lr = args.lr * min(1, rise, fall)
         for group in opt.param_groups:  # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
@@ -333,7 +330,7 @@ def paint(flow, vq, args, path):
     save_image(path, decode_pixels(vq, codes), columns)
 
 
-# ------------------------------ command line
+# ---------- command line
 
 def number(kind, low, high=math.inf):
     """Make an argparse type: a number in [low, high). kind: int or float."""
@@ -362,11 +359,12 @@ def flags():
     add("--accumulate", type=count, default=1, help="micro-batches per process and step")
     add("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
     add("--warmup", type=whole, default=0, help="steps over which the learning rate rises")
+    add("--cooldown", type=whole, default=0, help="last steps, over which it falls to 0 (beyond the paper)")
     add("--weight-decay", type=real, default=0.01, help="weight decay of AdamW")
     add("--grad-clip", type=positive, default=1.0, help="norm to which gradients are clipped")
     add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights")
     add("--ema-ramp", action=switch, default=False, help="limit the decay to (1 + step) / (10 + step)")
-    add("--z-loss", type=real, default=1e-5, help="weight of the z-loss; cfm has none")
+    add("--z-loss", type=real, default=1e-5, help="weight of the z-loss; regressions have none")
     add("--label-dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="seed of weights, data order and noise")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
@@ -388,7 +386,7 @@ def parse(argv=None):
         run = Path("runs", first.name) if first.name else newest_run()
         if not run.is_dir():
             raise InputError(f"--name {first.name}: there is no {run} to resume; check the name")
-    if run and (run / "ckpt.pt").exists():  # else it was stopped before its first checkpoint
+    if run and (run / "ckpt.pt").exists():  # else stopped before its first checkpoint
         ckpt = read_run(run / "ckpt.pt")
         parser.set_defaults(**{name: x for name, x in ckpt["args"].items() if x is not None})
     elif recipe.exists():
@@ -417,7 +415,7 @@ def main(argv=None):
         args.bf16 = bf16_is_fast(device)
     settings = {"started": time.strftime("%Y-%m-%d %H:%M:%S")} | vars(args) | {"data": str(data.path)}
     del settings["name"], settings["resume"]
-    if world > 1:  # an hour: process 0 may be saving or sampling
+    if world > 1:  # an hour: process 0 may be sampling
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
     start = ckpt["step"] if ckpt else 0

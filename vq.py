@@ -40,7 +40,7 @@ class InputError(SystemExit):
     """Name a wrong file or flag, and end the script with exit code 1."""
 
 
-# ------------------------------ the network
+# ---------- the network
 
 def norm(channels):
     return nn.GroupNorm(1, channels, eps=1e-6)  # VQ sets the number of groups
@@ -193,16 +193,16 @@ class VQ(nn.Module):
 
 def nearest_code(z, E):
     """Find argmin_k |z - e_k| for every row of z [N,d] among the rows of E [K,d]: int64 [N]."""
-    e2 = E.square().sum(1)                      # |z|^2 is left out, the same for all k
+    e2 = E.square().sum(1)  # |z|^2 is left out, the same for all k
     codes = torch.empty(len(z), dtype=torch.long, device=z.device)
     step = max(1, (2 ** 26 if z.is_cuda else 2 ** 18) // len(E))  # 1 MiB of distances stays in a CPU's cache
-    with torch.autocast(z.device.type, enabled=False):      # float32 island: bf16 changes codes
+    with torch.autocast(z.device.type, enabled=False):  # float32 island: bf16 changes codes
         for i in range(0, len(z), step):
             codes[i:i + step] = torch.addmm(e2, z[i:i + step], E.T, alpha=-2).argmin(1)
     return codes
 
 
-# ------------------------------ weights
+# ---------- weights
 
 TRAINERS = re.compile(r"(pytorch_lightning|lightning)\..+|argparse\.Namespace|_codecs\.encode|"
                       r"numpy\.(dtype|_?core\.multiarray\.scalar)")
@@ -289,7 +289,7 @@ def load_vq(path: str | Path, device="cpu") -> VQ:
     return vq.eval().requires_grad_(False).to(device, memory_format=layout)  # CPU: 1.6x; GPU: norms copy
 
 
-# ------------------------------ pictures and files
+# ---------- pictures and files
 
 def from_pixels(pixels):
     """Map uint8 [B,H,W,3] (tensor or array) to images float32 [B,3,H,W] in [-1,1]."""
@@ -312,9 +312,9 @@ def open_image(path, size):
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
-            with contextlib.suppress(Exception):            # damaged EXIF data: do not rotate
+            with contextlib.suppress(Exception):  # damaged EXIF data: do not rotate
                 image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):      # 16 bits, which convert() clips to white
+            if image.mode.startswith("I"):  # 16 bits, which convert() clips to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")
         while min(image.size) >= 2 * size:
@@ -399,10 +399,10 @@ def claim_folder(folder, note, record, rank):
         time.sleep(0.2)
 
 
-# ------------------------------ encoding a data set
+# ---------- encoding a data set
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
-FORMATS = "PNG", "JPEG", "WEBP", "BMP"          # Pillow opens some others by running programs
+FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # Pillow opens some others by running programs
 EMPTY = 2 ** 16 - 1  # in codes.npy: not encoded yet
 
 
@@ -485,7 +485,7 @@ def encode_folder(args, vq, device):
     *maps, labels = open_arrays(args, labels, args.size // vq.factor)
     todo = [i for i in range(args.rank, len(paths), args.world) if any((c[i] == EMPTY).any() for c in maps)]
     for rows, pixels, bad in read_pictures(todo, paths, args, "encode"):
-        labels[bad] = -1                        # before their codes replace EMPTY
+        labels[bad] = -1  # before their codes replace EMPTY
         x = from_pixels(torch.from_numpy(pixels).to(device))  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
             codes[rows] = vq.encode(images).cpu().numpy()

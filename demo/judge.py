@@ -46,7 +46,7 @@ WEIGHTS = HERE / "judge.pt"
 NEIGHBOURS = 3                                   # k of precision and recall
 
 
-# ------------------------------ the network
+# ---------- the network
 
 def conv(c_in, c_out, side, stride):
     layer = nn.Conv2d(c_in, c_out, side, stride, padding=side // 2, bias=False)
@@ -92,7 +92,7 @@ def look(judge, pixels, batch_size=250):
     return features.cpu().numpy(), logits.cpu().numpy(), (judge.mean + judge.std * numbers).cpu().numpy()
 
 
-# ------------------------------ training
+# ---------- training
 
 def reconstruct(vq, pixels, device):
     """Encode and decode pictures uint8 [N,H,W,3]; return the like."""
@@ -137,7 +137,7 @@ def save_judge(judge, path=WEIGHTS):
         torch.save({name: tensor.half().cpu() for name, tensor in judge.state_dict().items()}, file)
 
 
-# ------------------------------ the figures
+# ---------- the figures
 
 def variance(numbers, coats):
     """Return the variance [M] of numbers [N,M] within a coat, as coats differ in their mean colours."""
@@ -191,7 +191,7 @@ def yardstick(judge, vq, coats, device, first=500):
     return look(judge, reconstruct(vq, np.stack(drawn), device))
 
 
-# ------------------------------ the two commands
+# ---------- the two commands
 
 def read_samples(folder):
     """Read pictures uint8 [N,64,64,3] that sample.py has made, and the coats [N] it was asked for."""

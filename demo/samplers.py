@@ -44,6 +44,17 @@ class Sampler(NamedTuple):
     interval: tuple = (0.0, 1.0)
 
 
+def draw_codes(flow, count, seed, device, **settings):
+    """Sample codes [count,h,w], each from its own noise, classes in turn. Return codes and classes, an array."""
+    codes, classes = [], []
+    for some in torch.arange(count).split(64):
+        y = (some % flow.model.num_classes).to(device)
+        noise = noise_source(flow, some.tolist(), seed, device)()
+        codes.append(flow.sample(y, noise=noise, **settings))
+        classes.append(y.cpu())
+    return torch.cat(codes), torch.cat(classes).numpy()
+
+
 class Samplers:
     """A checkpoint, the judge, and the table of what was measured, which is written as it grows."""
 
@@ -70,15 +81,9 @@ class Samplers:
         """Return the FIGURES of samples from the noise of a seed, from the table or measured now."""
         key = tuple(map(str, (self.ckpt, self.args.num_samples, seed, *sampler)))
         if key not in self.table:
-            codes, coats = [], []
-            for some in torch.arange(self.args.num_samples).split(64):
-                y = (some % self.flow.model.num_classes).to(self.device)
-                noise = noise_source(self.flow, some.tolist(), seed, self.device)()
-                codes.append(self.flow.sample(y, noise=noise, **sampler._asdict()))
-                coats.append(y.cpu())
-            codes = torch.cat(codes)
+            codes, coats = draw_codes(self.flow, self.args.num_samples, seed, self.device, **sampler._asdict())
             seen = judge.look(self.judge, decode_pixels(self.vq, codes))
-            found = judge.figures(seen, torch.cat(coats).numpy(), self.real)
+            found = judge.figures(seen, coats, self.real)
             found["judge"], found["patch"] = found["distance"], frechet_distance(*self.patches_of(codes), *self.patches)
             self.table[key] = [float(found[name]) for name in FIGURES]
             with open(self.file, "a", newline="") as f:

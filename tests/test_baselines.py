@@ -15,7 +15,7 @@ from torch import nn
 
 import flow
 import train
-from flow import CFM, DFM, OBJECTIVES, Purrception
+from flow import CFM, DFM, OBJECTIVES, Endpoint, Purrception
 from model import DiT
 
 K = 3
@@ -44,7 +44,7 @@ def build(name, patch=2, classes=5):
     """Build a method of 7 codes of 3 numbers around a DiT of random weights, for a grid of 8 x 8."""
     torch.manual_seed(0)
     in_channels = 16 if name == "dfm" else 3
-    out_channels = 3 if name == "cfm" else 7
+    out_channels = 3 if name in ("cfm", "endpoint") else 7
     net = DiT(input_size=8, patch_size=patch, in_channels=in_channels, out_channels=out_channels,
               hidden_size=16, depth=1, num_heads=2, num_classes=classes)
     method = OBJECTIVES[name](net, torch.randn(7, 3))
@@ -144,6 +144,51 @@ def test_cfm_has_no_posterior_and_takes_no_tau():
     with pytest.raises(AssertionError, match="no temperature"):
         cfm.velocity(z, t, y, 0.9)
     assert cfm.sample(y, 1, cfg=0.9).shape == (1, 1, 1) and cfm.velocity(z, t, y, cfg=0.9).shape == z.shape
+
+
+# ------------------------------------------------------------------------ Endpoint
+
+def test_endpoint_regresses_z1():
+    E, codes = torch.randn(K, 2), torch.tensor([[[0]], [[2]]])
+    f = Endpoint(Fake(lambda z, t, y: 2 * z.flatten(2).transpose(1, 2), 1, 2), E, label_dropout=0)
+    z0, t = torch.randn(2, 2, 1, 1), torch.tensor([0.2, 0.7])
+    loss, parts = f(codes, torch.zeros(2, dtype=torch.long), noise=(t, z0, torch.zeros(2, dtype=torch.bool)))
+    z1, t = E[codes[:, 0, 0]].view(2, 2, 1, 1), t.view(2, 1, 1, 1)
+    torch.testing.assert_close(loss, (2 * (t * z1 + (1 - t) * z0) - z1).square().mean())
+    assert list(parts) == ["mse"] and parts["mse"].equal(loss) and not parts["mse"].requires_grad
+
+
+@pytest.mark.parametrize("cfg", [1.0, 1.7])
+@pytest.mark.parametrize("patch", [1, 2, 4])
+def test_endpoint_mean_is_the_networks_own_with_guidance_and_its_velocity_leads_there(patch, cfg):
+    f = build("endpoint", patch)
+    _, t, y, z = point(f)
+    c = f.model(z, t, y)                                   # [B,h,w,d]
+    u = f.model(z, t, torch.full_like(y, f.model.num_classes))
+    mu = (u + cfg * (c - u)).movedim(-1, 1)
+    torch.testing.assert_close(f.mean(z, t, y, cfg=cfg), mu, atol=1e-5, rtol=1e-4)
+    left = 1 - t.view(-1, 1, 1, 1)
+    torch.testing.assert_close(f.velocity(z, t, y, cfg=cfg), (mu - z) / left, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_an_endpoint_that_is_known_is_reached_in_any_number_of_steps(order):
+    codes = torch.randint(7, (2, 8, 8))
+    f = build("endpoint")
+    f.mean = lambda z, t, y, tau, cfg: f.embed(codes)
+    for steps in (1, 3, 10):
+        assert f.sample(torch.zeros(2, dtype=torch.long), steps, order=order).equal(codes)
+
+
+def test_endpoint_has_no_posterior_and_takes_no_tau():
+    f = build("endpoint")
+    _, t, y, z = point(f)
+    assert f.posterior is None
+    for refuse in (f.mean, f.velocity):
+        with pytest.raises(AssertionError, match="no temperature"):
+            refuse(z, t, y, 0.9)
+    with pytest.raises(TypeError, match="tau"):
+        f.sample(y, tau=0.9)
 
 
 # ------------------------------------------------------------------------ DFM
@@ -283,7 +328,7 @@ def test_sample_is_a_function_of_the_noise_and_leaves_it_alone(name):
 
 
 @pytest.mark.parametrize("chunk", [1, 5 * 7, 32 * 7, 33 * 7])            # there are 32 tokens
-@pytest.mark.parametrize("name", ["cfm", "dfm"])
+@pytest.mark.parametrize("name", ["cfm", "endpoint", "dfm"])
 def test_chunks_change_no_sample_and_no_loss(monkeypatch, name, chunk):
     f = build(name)
     codes, t, y, z = point(f)
@@ -299,7 +344,7 @@ def test_chunks_change_no_sample_and_no_loss(monkeypatch, name, chunk):
     torch.testing.assert_close(loss_again, loss)
 
 
-def test_the_three_networks_differ_at_their_ends_only():
+def test_the_networks_of_all_objectives_differ_at_their_ends_only():
     meta, counts, ends = {"classes": list("ab")}, {}, {}
     for objective in OBJECTIVES:
         args = Namespace(objective=objective, model="DiT-demo/2", z_loss=1e-5, label_dropout=0.1)

@@ -236,18 +236,18 @@ def test_without_a_run_the_message_says_what_to_do(tmp_path, monkeypatch):
         make("a")
 
 
-@pytest.mark.parametrize("objective", ["cfm", "dfm"])
+@pytest.mark.parametrize("objective", ["cfm", "endpoint", "dfm"])
 def test_the_baselines_train_and_sample_and_refuse_what_means_nothing_to_them(trained, tiny_data, tiny_size, objective, capsys):
     flags = ["--data", str(tiny_data), "--name", objective, "--model", tiny_size, "--global-batch-size", "8", "--steps", "4",
              "--objective", objective, "--no-bf16"]
     train.main(flags)
     a = make("a", "--ckpt", f"runs/{objective}/ckpt.pt", "--cfg-scale", 1.5)
     assert (a == make("b", "--ckpt", f"runs/{objective}/ckpt.pt", "--cfg-scale", 1.5, "--per-proc-batch-size", 1)).all()
-    if objective == "cfm":
+    if objective != "dfm":
         with pytest.raises(SystemExit) as error:
-            make("c", "--ckpt", "runs/cfm/ckpt.pt", "--tau", 0.9)
-        assert error.value.code == 2 and "--tau" in capsys.readouterr().err
-        make("c", "--ckpt", "runs/cfm/ckpt.pt", "--order", 2)
+            make("c", "--ckpt", f"runs/{objective}/ckpt.pt", "--tau", 0.9)
+        assert error.value.code == 2 and f"--objective {objective}" in capsys.readouterr().err
+        make("c", "--ckpt", f"runs/{objective}/ckpt.pt", "--order", 2)
     else:
         with pytest.raises(SystemExit) as error:
             make("c", "--ckpt", "runs/dfm/ckpt.pt", "--order", 2)

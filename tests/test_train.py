@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,13 +254,24 @@ def test_an_epoch_is_a_permutation_and_a_pure_function_of_seed_and_epoch():
     assert (train.batch_rows(10, 4, 4, 2) != rows[8:12]).any()
 
 
-def test_a_mirrored_twin_is_drawn_where_asked(tiny_data):
+def test_half_of_the_images_of_a_batch_are_their_mirrored_twins_whatever_the_slice(tiny_data):
     codes = np.load(tiny_data / "codes.npy")
-    np.save(tiny_data / "codes_flip.npy", codes + 1)
-    data = train.open_data(tiny_data)
-    got, y = train.load_batch(data, np.array([3, 5]), np.array([True, False]), torch.device("cpu"))
-    assert (got[0].numpy() == codes[3] + 1).all() and (got[1].numpy() == codes[5]).all()
-    assert (y.numpy() == data.labels[[3, 5]]).all()
+    np.save(tiny_data / "codes_flip.npy", codes + 100)
+    data, args = train.open_data(tiny_data), SimpleNamespace(global_batch_size=40, seed=5)
+    got, y = train.fetch(data, args, 3, slice(0, 40), torch.device("cpu"))
+    rows = train.batch_rows(40, 40, 5, 3)
+    twin = (got[:, 0, 0] >= 100).numpy()
+    assert (got.numpy() == codes[rows] + 100 * twin[:, None, None]).all() and 10 < twin.sum() < 30
+    assert (y.numpy() == data.labels[rows]).all()
+    part, part_y = train.fetch(data, args, 3, slice(10, 20), torch.device("cpu"))
+    assert part.equal(got[10:20]) and part_y.equal(y[10:20])
+
+
+def test_the_learning_rate_rises_over_the_warmup_and_falls_over_the_cooldown(run):
+    _, log = run("a", "--steps", 8, "--lr", 0.01, "--warmup", 2, "--cooldown", 4)
+    assert [record["lr"] for record in log] == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+    _, log = run("b", "--steps", 2, "--lr", 0.01)          # the paper's rate is constant
+    assert [record["lr"] for record in log] == [0.01, 0.01]
 
 
 def test_the_average_follows_its_formula():
