@@ -4,13 +4,13 @@
     python demo/study.py                       # 70 minutes on 2 CPU cores, 5 GB in study/
     python demo/study.py --quick               # 8 minutes: one seed, two learning rates, short runs
 
-The arms share the network but for its ends, the batch and the number of steps. Each has the best of four learning rates, by
-the judge's distance at seed 0. Two measures:
+The arms share the network but for its ends, the batch and the number of steps. Each has the best of four learning
+rates, by the judge's distance at seed 0. There are two measures:
 
-    denoising    rmse(mu - z1) and cross-entropy on held-out code grids at fixed t: no sampler, no temperature, no features
+    denoising    rmse(mu - z1) and cross-entropy on held-out code grids at fixed t: no sampler, no tau, no features
     samples      the figures of judge.py for EMA samples without guidance, from the same noise for all
 
-The folder OUT receives the figures, summary.md, and results.jsonl: what is in it is not measured again, so that the same
+The folder OUT receives the figures, summary.md, and results.jsonl. What is in it is not measured again: the same
 command goes on after an interruption.
 
 Shapes: B batch, h w grid, K codes, d code dimension.
@@ -39,9 +39,11 @@ sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 from flow import CFM, DFM, OBJECTIVES, Purrception, at_least_float32  # noqa: E402
 from sample import load_run  # noqa: E402
-from vq import InputError, decode_pixels, from_pixels, load_vq, read_checkpoint, read_json, replacing, save_image, start_process  # noqa: E402
+from vq import (InputError, decode_pixels, from_pixels, load_vq, read_checkpoint, read_json, replacing,  # noqa: E402
+                save_image, start_process)
 
-FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3), images=256, grids=500)
+FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
+            images=256, grids=500)
 QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3, 4e-3), images=64, grids=100)
 ARMS = "cfm", "endpoint", "purrception", "likelihood", "dfm"
 TAUS = 0.3, 0.5, 0.7, 0.9, 1.0
@@ -60,8 +62,8 @@ class Likelihood(Purrception):
 
         p(c | z_t)  proportional to  p(c | the other positions) N(z_t; t e_c, (1 - t)^2 I)
 
-    The network supplies the first factor; the temperature acts on it alone. With a head of zeros, pi is the exact posterior
-    of independent, equally likely codes.
+    The network supplies the first factor; the temperature acts on it alone. With a head of zeros, pi is the exact
+    posterior of independent, equally likely codes.
     """
 
     def evidence(self, z, t):
@@ -99,7 +101,7 @@ OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled}
 
 
 def rescaled(velocity, k):
-    """Return a velocity that samples 1/k of the variance around each mode: temporal score rescaling (arXiv 2510.01184).
+    """Return a velocity that samples 1/k of the variance: temporal score rescaling (arXiv 2510.01184).
 
     v <- r v + (1 - r) z / t,  r = (t^2 s^2 + (1 - t)^2) / (t^2 s^2 / k + (1 - t)^2),  s^2 the variance of z1
     """
@@ -144,12 +146,13 @@ class Run(NamedTuple):
 
 
 def train_run(task):
-    """Train a run, or go on with it, as train.py does; then drop the optimizer from its checkpoints: a quarter is left."""
+    """Train a run, or go on with it, as train.py does; then drop the optimizer from its checkpoints."""
     run, steps, every, batch = task
-    words = dict(data=HERE, name=run.folder.name, objective=run.objective, lr=run.lr, seed=run.seed, steps=steps,
-                 global_batch_size=batch, z_loss=run.z_loss, ckpt_every=every, keep_every=every, sample_every=0, log_every=20)
+    words = dict(data=HERE, name=run.folder.name, objective=run.objective, lr=run.lr, seed=run.seed, z_loss=run.z_loss,
+                 steps=steps, cooldown=0, global_batch_size=batch, ckpt_every=every, keep_every=every, sample_every=0,
+                 log_every=20)
     words = [word for name, x in words.items() for word in (f"--{name.replace('_', '-')}", str(x))]
-    words += ["--bf16" if run.bf16 else "--no-bf16", "--cooldown", "0"] + ["--resume"] * run.folder.exists()
+    words += ["--bf16" if run.bf16 else "--no-bf16"] + ["--resume"] * run.folder.exists()
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             train.main(words)
@@ -210,16 +213,17 @@ def sampler(flow, knob):
 def measure_denoising(flow, device, grids):
     """Compare mu and pi with the truth on held-out code grids, by TIMES.
 
-    Return rmse, ce in nats per position, and for ten equal bins of confidence, max_k pi_k: count, its sum, hits [times,10].
-    What DFM sees unmasked, it knows.
+    Return lists over TIMES: rmse; ce, nats per position; bins, the number of positions, the sum of confidences max_k pi_k
+    and the number of hits in ten equal bins of confidence. What DFM sees unmasked, it knows.
     """
     _, _, _, codes = yardstick(device)
+    codes = codes[:grids]
     coats = torch.arange(len(codes), device=device) % flow.model.num_classes
     found = dict(rmse=[], ce=[], bins=[])
     for t in TIMES:
         generator = train.seeded("cpu", 0, round(1000 * t))
         squared, ce, bins = 0.0, 0.0, torch.zeros(3, 10, device=device)
-        for c, y in zip(codes[:grids].split(50), coats.split(50)):
+        for c, y in zip(codes.split(50), coats.split(50)):
             time = torch.full((len(c),), t, device=device)
             z = flow.path(flow.prior(len(c), generator).to(device), c, time)
             z1 = flow.embed(c)
@@ -239,7 +243,7 @@ def measure_denoising(flow, device, grids):
                 for row, x in zip(bins, (torch.ones_like(p), confidence, guess == c)):
                     row.index_add_(0, place, x.flatten().float())
             squared += (mu - z1).square().sum().item()
-        positions = codes[:grids].numel()
+        positions = codes.numel()
         found["rmse"].append((squared / positions / flow.codebook.shape[1]) ** 0.5)
         found["ce"].append(ce / positions)
         found["bins"].append(bins.tolist())
@@ -263,7 +267,7 @@ class Study:
             self.results[json.dumps(key)] = result
 
     def spread(self, function, tasks):
-        """Yield function(task) for all tasks, by processes of one thread: on 2 cores 1.4 times as fast as two threads."""
+        """Yield function(task) for all tasks, by processes of one thread each: faster than one of many threads."""
         return self.pool.map(function, tasks) if self.workers > 1 else map(function, tasks)
 
     @functools.cached_property
@@ -272,7 +276,8 @@ class Study:
 
     def train(self, runs):
         """Train the runs that are missing."""
-        wanted = [run for run in dict.fromkeys(runs) if not run.checkpoint(self.set.steps).exists() and not run.failed.exists()]
+        wanted = [run for run in dict.fromkeys(runs)
+                  if not run.checkpoint(self.set.steps).exists() and not run.failed.exists()]
         tasks = [(run, self.set.steps, self.marks.step, self.set.batch) for run in wanted]
         for run, _ in zip(wanted, self.spread(train_run, tasks)):
             print("trained", run.folder.name, flush=True)
@@ -371,12 +376,14 @@ def converge(study, runs, pyplot):
         axes.set(title=title, xlabel="training steps", yscale="log")
     panels[0].legend()
     figure.savefig("convergence.png", dpi=100)
-    lines = table(["arm", "rate", "distance", "best tau or k", "distance there", "precision", "recall", "rmse"], rows)
+    head = "arm", "rate", "distance", "best tau or k", "distance there", "precision", "recall", "rmse"
+    lines = table(head, rows)
     rows = []
     for one, other in (("purrception", "cfm"), ("purrception", "endpoint"), ("purrception", "dfm"), ("endpoint", "cfm"),
                        ("cfm", "purrception"), ("endpoint", "purrception"), ("dfm", "purrception"),
                        ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled")):
-        shares = [[crossing(marks, curve, ends[other][i].mean()) / marks[-1] for curve in curves[one][i]] for i in range(3)]
+        shares = [[crossing(marks, curve, ends[other][i].mean()) / marks[-1] for curve in curves[one][i]]
+                  for i in range(3)]
         rows.append([f"{one} reaches the end of {other} after this share of the steps", *map(shown, shares)])
     return lines + table(["", "distance, default", "distance, best", "rmse"], rows)
 
@@ -464,8 +471,9 @@ def weigh_z_loss(study, runs, pyplot):
         kind = "bf16" if run.bf16 else "float32"
         style = dict(ls=":" if run.z_loss == UNWEIGHTED else "-", color="C1" if run.bf16 else "C0")
         panels[DRIFT.index(round(run.lr / first.lr))].plot(steps, lse, label=f"{kind}, {run.z_loss:g}", **style)
-        end = run.failed.read_text() if run.failed.exists() else f"{study.figures('distance', [run], [0.9]).item():.2f}"
-        rows.append([f"{run.lr:g}", kind, f"{run.z_loss:g}", f"{lse[-1]:.1f}", f"{lse.max():.1f}", f"{ce[-5:].mean():.3f}", end])
+        distance = study.figures("distance", [run], [0.9]).item()        # inf if the run failed
+        rows.append([f"{run.lr:g}", kind, f"{run.z_loss:g}", f"{lse[-1]:.1f}", f"{lse.max():.1f}",
+                     f"{ce[-5:].mean():.3f}", f"{distance:.2f}"])
     for axes, scale in zip(panels, DRIFT):
         axes.set(title=f"{scale} times the best rate", xlabel="training steps")
     panels[0].set_ylabel("root mean square of logsumexp")

@@ -1,70 +1,183 @@
-"""The study: its arithmetic, and one of a few steps from end to end, with axes that draw nothing."""
+"""The study: its arms and its arithmetic, and one of a few steps from end to end, with axes that draw nothing.
+
+Shapes: B batch, h w grid, K codes, d code dimension.
+"""
+import json
 import shutil
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import study
+import train
 
+from flow import OBJECTIVES
 from model import DiT
 from vq import InputError
 
-TINY = dict(steps=4, checkpoints=2, seeds=(0,), rates=(1e-3, 1e-2), images=4, euler=2, taus=(0.5, 1.0), few=(2, 3),
-            powers=(1.0, 1.5))
+TINY = dict(steps=4, checkpoints=2, batch=4, seeds=(0,), rates=(1e-3, 1e-2), images=20, grids=20)
+K, d = 7, 3
+CPU = torch.device("cpu")
 
+
+def build(name, std=0.3):
+    """Build an arm around a DiT for 8x8 grids, of random weights or, with std 0, with a head of zeros."""
+    torch.manual_seed(0)
+    net = DiT(input_size=8, patch_size=2, in_channels=16 if name == "dfm" else d, out_channels=d if name == "cfm" else K,
+              hidden_size=16, depth=1, num_heads=2, num_classes=5)
+    f = OBJECTIVES[name](net, torch.randn(K, d))
+    for x in net.parameters():
+        if x.requires_grad and std:
+            torch.nn.init.normal_(x, std=std)
+    return f
+
+
+def point(f, t):
+    """Draw codes, classes, and the point z of the path at t [B]."""
+    B = len(t)
+    codes = torch.randint(K, (B, 8, 8))
+    return codes, torch.arange(B) % 5, f.path(f.prior(B), codes, t)
+
+
+def gaussians(f, z, t):
+    """Compute log N(z; t e_k, (1 - t)^2 I) of every code by torch's own distribution: [B,h,w,K], float64."""
+    z, t = z.movedim(1, -1).unsqueeze(3).double(), t.view(-1, 1, 1, 1, 1).double()
+    return torch.distributions.Normal(t * f.codebook.double(), 1 - t).log_prob(z).sum(4)
+
+
+# ------------------------------ arms
+
+def test_with_a_head_of_zeros_the_posterior_is_that_of_bayes_rule():
+    f = build("likelihood", std=0)
+    t = torch.tensor([0.1, 0.5, 0.9, 0.97])
+    _, y, z = point(f, t)
+    for tau in (0.2, 1.0):                                 # acts on the network's share alone
+        torch.testing.assert_close(f.posterior(z, t, y, tau).double(), gaussians(f, z, t).softmax(3), atol=1e-5, rtol=1e-4)
+
+
+def test_the_likelihood_is_added_to_the_networks_logits_in_loss_and_posterior():
+    f = build("likelihood")
+    t = torch.tensor([0.2, 0.6, 0.9])
+    codes, y, z = point(f, t)
+    logits = f.model(z, t, y).double()
+    pi = (logits / 0.5 + gaussians(f, z, t)).softmax(3)
+    torch.testing.assert_close(f.posterior(z, t, y, 0.5).double(), pi, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(f.mean(z, t, y, 0.5).double(), (pi @ f.codebook.double()).movedim(-1, 1), atol=1e-5, rtol=1e-4)
+    loss, parts = f.loss(z, t, y, codes)
+    ce = F.cross_entropy((logits + gaussians(f, z, t)).flatten(0, 2), codes.flatten())
+    assert parts["ce"].item() == pytest.approx(ce.item(), rel=1e-5) and loss.requires_grad
+    assert loss.item() == pytest.approx((parts["ce"] + parts["z"]).item())
+
+
+def test_the_shuffled_codebook_is_a_permutation_and_the_same_each_time():
+    plain, one, two = build("purrception").codebook, build("shuffled").codebook, build("shuffled").codebook
+    assert one.equal(two) and not one.equal(plain)
+    assert sorted(one.tolist()) == sorted(plain.tolist())
+
+
+@pytest.mark.parametrize("k", [0.5, 1.0, 3.0])
+def test_a_rescaled_velocity_is_that_of_gaussian_data_of_a_kth_of_the_variance(k):
+    def gaussian(variance):
+        def velocity(z, t, *_):
+            t = t.view(-1, 1, 1, 1)
+            return (t * variance - (1 - t)) / (t * t * variance + (1 - t) ** 2) * z
+        return velocity
+
+    z, t = torch.randn(5, d, 2, 2), torch.tensor([0.0, 0.2, 0.5, 0.8, 0.99])
+    got = study.rescaled(gaussian(study.VARIANCE), k)(z, t, None)
+    torch.testing.assert_close(got, gaussian(study.VARIANCE / k)(z, t), atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------ measures
 
 @pytest.fixture
-def small(tiny_data, tiny_size, tmp_path, monkeypatch):
-    """Start a study of four steps, in a folder of its own."""
-    (tiny_data / "recipe.txt").write_text(f"--model {tiny_size}\n--global-batch-size 4\n")
-    monkeypatch.chdir(tmp_path)
-    return lambda **other: study.Study(TINY | other, tiny_data)
+def grids(monkeypatch):
+    codes = torch.randint(K, (20, 8, 8), generator=torch.Generator().manual_seed(4))
+    monkeypatch.setattr(study, "yardstick", lambda device: (None, None, None, codes))
+    return codes
+
+
+@torch.inference_mode()
+def test_an_untrained_network_knows_nothing_and_says_so(grids):
+    f = build("purrception", std=0)
+    found = study.measure_denoising(f, CPU, 20)
+    assert found["ce"] == pytest.approx([np.log(K)] * len(study.TIMES), rel=1e-5)
+    rmse = (f.embed(grids) - f.codebook.mean(0).view(1, d, 1, 1)).square().mean().sqrt()
+    assert found["rmse"] == pytest.approx([rmse.item()] * len(study.TIMES), rel=1e-5)
+    count, confidence, hits = np.array(found["bins"][0])
+    assert count.sum() == grids.numel() and confidence.sum() == pytest.approx(count.sum() / K, rel=1e-4)
+    assert hits.sum() == (grids == 0).sum()                # of equal codes, max() takes the first
+
+
+@torch.inference_mode()
+def test_denoising_is_measured_by_the_plain_formulas(grids):
+    f, cfm = build("likelihood"), build("cfm")
+    found, regressed = (study.measure_denoising(each, CPU, 20) for each in (f, cfm))
+    for i, t in enumerate(study.TIMES):
+        z0 = f.prior(20, train.seeded("cpu", 0, round(1000 * t)))
+        time = torch.full((20,), t)
+        z, y = f.path(z0, grids, time), torch.arange(20) % 5
+        pi = f.posterior(z, time, y)
+        assert found["ce"][i] == pytest.approx(-pi.gather(3, grids[..., None]).log().mean().item(), rel=1e-4)
+        assert found["rmse"][i] == pytest.approx((f.mean(z, time, y) - f.embed(grids)).square().mean().sqrt().item(), rel=1e-4)
+        confidence, guess = pi.max(3)
+        count, total, hits = np.array(found["bins"][i])
+        assert (total.sum(), hits.sum()) == pytest.approx((confidence.sum().item(), (guess == grids).sum().item()), rel=1e-4)
+        assert all(b / 10 <= c / n <= (b + 1) / 10 + 1e-6 for b, (n, c) in enumerate(zip(count, total)) if n)
+        z = cfm.path(z0, grids, time)
+        mu = z + (1 - t) * cfm.velocity(z, time, y)
+        assert regressed["rmse"][i] == pytest.approx((mu - cfm.embed(grids)).square().mean().sqrt().item(), rel=1e-4)
+
+
+@torch.inference_mode()
+def test_dfm_knows_what_is_unmasked(grids):
+    found = study.measure_denoising(build("dfm", std=0), CPU, 20)
+    assert found["ce"] == pytest.approx([(1 - t) * np.log(K) for t in study.TIMES], abs=0.06)
 
 
 def test_a_crossing_lies_between_checkpoints_in_proportion():
-    assert study.crossing([10, 20, 50], [5.0, 3.0, 1.0], 2.0) == "after 35 of 50 steps, 1.4x sooner"
-    assert study.crossing([10, 20, 30], [1.0, 5.0, 4.0], 2.0) == "before 10 of 30 steps, at least 3.0x sooner"
-    assert study.crossing([10, 20], [5.0, 3.0], 2.0) == "not within 20 steps"
+    assert study.crossing([10, 20, 50], [5.0, 3.0, 1.0], 2.0) == 35
+    assert study.crossing([10, 20, 30], [1.0, 5.0, 4.0], 2.0) == 10
+    assert study.crossing([10, 20], [5.0, 3.0], 2.0) == np.inf
 
 
-def test_another_embedding_of_time_changes_answers_only_meanwhile():
-    net = DiT(input_size=4, patch_size=2, in_channels=3, out_channels=7, hidden_size=32, depth=1, num_heads=2)
-    t = torch.tensor([0.3])
-    plain = net.t_embedder(t)
-    with study.embedding_of(1000):
-        assert torch.equal(net.t_embedder(t / 1000), plain) and not torch.equal(net.t_embedder(t), plain)
-    assert torch.equal(net.t_embedder(t), plain)
+# ------------------------------ the whole
 
-
-def test_the_path_may_be_followed_through_any_times(small):
-    f, *_ = study.load_run(small().trained(study.Run("purrception", 1e-3, 0)).checkpoint(4), torch.device("cpu"))
-    y, z0 = torch.tensor([0, 1, 2]), torch.randn(3, 4, 4, 4)
-    assert study.follow(f, z0, y, torch.arange(6) / 5, 0.9).equal(f.sample(y, 5, tau=0.9, noise=z0))
-    z = z0
-    for t, dt in ((0.0, 0.1), (0.1, 0.4), (0.5, 0.5)):
-        z = z + dt * (f.mean(z, torch.full((3,), t), y, 0.9) - z) / (1 - t)
-    assert study.follow(f, z0, y, [0.0, 0.1, 0.5, 1.0], 0.9).equal(f.nearest(z))
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Start a study of four steps of a small network, in a folder of its own."""
+    monkeypatch.setitem(train.SIZES, "DiT-demo/2", dict(depth=1, hidden_size=32, num_heads=2, patch_size=2))
+    monkeypatch.chdir(tmp_path)
+    return lambda **other: study.Study(TINY | other, workers=1)
 
 
 @pytest.mark.slow
 def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkeypatch):
+    pyplot = MagicMock()
+    pyplot.subplots = lambda rows, columns, **_: (MagicMock(), [MagicMock(**{"plot.return_value": [MagicMock()]})] * columns)
+
     def answers():
         it = small()
-        return [line for ask in study.QUESTIONS.values() for line in ask(it, MagicMock(**{"plot.return_value": [MagicMock()]}))]
+        runs, lines = study.tune(it)
+        for ask in (study.converge, study.heat, study.denoise, study.calibrate, study.weigh_z_loss):
+            lines += ask(it, runs, pyplot)
+        return lines
 
     lines = answers()
-    rows = Path("scores.csv").read_text().splitlines()
-    assert len(rows) == len({row.rsplit(",", 1)[0] for row in rows})     # no key twice
-    assert sum(row.startswith("cfm") for row in rows) == 2 + 1           # two rates at the end, the better one half-way
-    assert "without z-loss: logsumexp 3." in "".join(lines)              # ln 32 = 3.47
+    keys = [json.dumps(json.loads(line)[0]) for line in Path("results.jsonl").read_text().splitlines()]
+    assert len(keys) == len(set(keys))
+    text = "\n".join(lines)
+    assert all(f"| {arm} |" in text for arm in study.ARMS) and "| 6.9 |" in text           # ln 1024 = 6.93
     assert Path("temperatures.png").exists()
     assert "opt" not in torch.load(next(Path("runs").glob("*/ckpt-0000004.pt")))
 
-    monkeypatch.setattr(study.fid, "measure", None)                      # a second time, all is in the table
+    monkeypatch.setattr(study, "measure", None)            # a second time, all is in the table
     monkeypatch.setattr(study.train, "main", None)
     assert answers() == lines
 
@@ -73,17 +186,27 @@ def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkey
 @pytest.mark.slow
 def test_a_killed_run_is_finished(small, killed):
     run = study.Run("cfm", 1e-3, 0)
-    whole = torch.load(small().trained(run).checkpoint(4))
-    run.checkpoint(4).unlink()
+    small().train([run])
+    whole = torch.load(run.checkpoint(4))
     if killed == "between two":                            # ckpt.pt is then that of step 2
         shutil.rmtree(run.folder)
-        stopped = small()
-        stopped.marks = range(2, 3, 2)
-        stopped.trained(run)
+        train.main(["--data", str(study.HERE), "--name", run.folder.name, "--objective", "cfm", "--lr", "0.001", "--seed", "0",
+                    "--steps", "2", "--global-batch-size", "4", "--ckpt-every", "2", "--keep-every", "2", "--no-bf16"])
     else:
-        (run.folder / "ckpt.pt").unlink()
-    again = torch.load(small().trained(run).checkpoint(4))
+        run.checkpoint(4).unlink()
+    small().train([run])
+    again = torch.load(run.checkpoint(4))
     assert all(torch.equal(again["ema"][key], whole["ema"][key]) for key in whole["ema"])
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_noted_and_counts_as_the_worst(small):
+    it, run = small(), study.Run("cfm", 1e30, 0)
+    it.train([run])
+    assert "gradient norm" in run.failed.read_text()
+    assert it.figures("distance", [run], [1.0]).item() == np.inf
+    it.train([run])                                        # it is not tried again
+    assert not run.checkpoint(4).exists()
 
 
 def test_a_folder_of_another_study_is_refused(small):
