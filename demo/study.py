@@ -21,6 +21,7 @@ import functools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.integrate import trapezoid
 
 import judge
 from make import HERE
@@ -44,12 +46,13 @@ from vq import (InputError, decode_pixels, from_pixels, load_vq, read_checkpoint
 
 FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
             images=256, grids=500)
-QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3, 4e-3), images=64, grids=100)
+QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3, 4e-3), images=256, grids=100)
 ARMS = "cfm", "endpoint", "purrception", "likelihood", "dfm"
-TAUS = 0.3, 0.5, 0.7, 0.9, 1.0
-RESCALINGS = 1.0, 1.2, 1.5, 2.0, 3.0                       # k of rescaled()
-VARIANCE = 0.8                                             # of the code vectors of the demo's cats
+TAUS = 0.3, 0.5, 0.7, 0.9, 1.0, 1.2
+RESCALINGS = 0.8, 1.0, 1.2, 1.5, 2.0                       # k of rescaled()
+VARIANCE = 1.47, 1.34, 0.34, 0.04                          # of the cats' code vectors, by channel
 TIMES = 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99
+SAME_PATH = ARMS[:-1]                                      # z_t means the same: rmse and ce can be compared
 DRIFT = 4, 16                                              # times the best learning rate, where logits can drift
 UNWEIGHTED = 1e-12     # a z-loss too light to move a weight, by which the log still tells the size of logsumexp
 TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C4", "C1", "C3", "C2", "C5")))
@@ -71,7 +74,8 @@ class Likelihood(Purrception):
         E = self.codebook
         t = t.view(-1, 1, 1, 1)
         rows = z.movedim(1, -1)
-        distances = rows.square().sum(3, keepdim=True) - 2 * t * (rows @ E.T) + t * t * E.square().sum(1)
+        with torch.autocast(z.device.type, enabled=False):  # float32 island: distances are divided by 2 s^2
+            distances = rows.square().sum(3, keepdim=True) - 2 * t * (rows @ E.T) + t * t * E.square().sum(1)
         return -distances / (2 * (1 - t).clamp(min=0.02).square())
 
     def loss(self, z, t, y, codes):
@@ -107,10 +111,12 @@ def rescaled(velocity, k):
     """
     def cooler(z, t, y, tau=None, cfg=1.0):
         time = t.view(-1, 1, 1, 1)
-        noise, data = (1 - time) ** 2, VARIANCE * time ** 2
+        variance = torch.tensor(VARIANCE, device=z.device).view(1, -1, 1, 1)
+        noise = (1 - time) ** 2
+        data = variance * time ** 2
         total = data / k + noise
         r = (data + noise) / total
-        over_t = VARIANCE * time * (1 / k - 1) / total     # (1 - r) / t
+        over_t = variance * time * (1 / k - 1) / total     # (1 - r) / t
         return r * velocity(z, t, y, tau, cfg) + over_t * z
 
     return cooler
@@ -161,9 +167,10 @@ def train_run(task):
             raise
         run.failed.write_text(str(error))
         return
-    start_process()                                        # train() only noted Ctrl-C; from here on it ends the study
-    if not run.checkpoint(steps).exists():
-        sys.exit("stopped; the same command goes on")
+    if not run.checkpoint(steps).exists():                 # a signal stopped it
+        os._exit(1)                                        # SystemExit would leave this process to its next task
+    start_process()                                        # train() only noted signals; from here on they end the study
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for step in range(every, steps + 1, every):
         ckpt = read_checkpoint(run.checkpoint(step))
         with replacing(run.checkpoint(step)) as file:
@@ -184,7 +191,7 @@ def yardstick(device):
 
 @torch.inference_mode()
 def measure(task):
-    """Measure a run at a step: its samples at a temperature or, without one, its denoising."""
+    """Measure a run at a step: its samples at a temperature `knob` or, if that is None, its denoising."""
     _, _, device = start_process()
     run, step, knob, images, grids = task
     if run.failed.exists():
@@ -192,22 +199,19 @@ def measure(task):
     flow = load_run(run.checkpoint(step), device)[0]
     if knob is None:
         return measure_denoising(flow, device, grids)
-    return measure_samples(flow, device, images, knob)
+    return measure_samples(flow, device, images, knob, run.seed)
 
 
-def measure_samples(flow, device, images, knob):
-    """Judge samples at a tau or, of a regression, with its velocity rescaled by k."""
+def measure_samples(flow, device, images, knob, seed):
+    """Judge samples at a tau or, of a regression, with its velocity rescaled by k: 10 calls of order 2, for DFM 50."""
     eye, real, vq, _ = yardstick(device)
-    codes, coats = draw_codes(flow, images, 0, device, **sampler(flow, knob))
-    return judge.figures(judge.look(eye, decode_pixels(vq, codes)), coats, real)
-
-
-def sampler(flow, knob):
-    """Return the arguments of flow.sample: 10 calls of order 2; 50 calls for DFM."""
+    settings = dict(steps=50) if isinstance(flow, DFM) else dict(steps=10, order=2)
     if isinstance(flow, CFM):
         flow.velocity = rescaled(flow.velocity, knob)
-        return dict(steps=10, order=2)
-    return dict(steps=50, tau=knob) if isinstance(flow, DFM) else dict(steps=10, order=2, tau=knob)
+    else:
+        settings["tau"] = knob
+    codes, coats = draw_codes(flow, images, seed, device, **settings)
+    return judge.figures(judge.look(eye, decode_pixels(vq, codes)), coats, real)
 
 
 def measure_denoising(flow, device, grids):
@@ -254,15 +258,22 @@ class Study:
     """The settings and the table of results, which is written as it grows."""
 
     def __init__(self, settings, workers):
-        self.set, self.workers = SimpleNamespace(**settings), workers
+        self.set = SimpleNamespace(**settings)
+        self.workers = workers
+        _, _, self.device = start_process()
         every = self.set.steps // self.set.checkpoints
         self.marks = range(every, self.set.steps + 1, every)
-        kept, settings = Path("settings.json"), json.loads(json.dumps(settings))
-        if kept.exists() and read_json(kept) != settings:
+        kept = Path("settings.json")
+        text = json.dumps(settings)
+        if kept.exists() and read_json(kept) != json.loads(text):
             raise InputError(f"{kept.absolute()}: this folder holds a study with other settings; give another --out")
-        kept.write_text(json.dumps(settings))
-        self.file, self.results = Path("results.jsonl"), {}
-        for line in self.file.read_text().splitlines() if self.file.exists() else ():
+        kept.write_text(text)
+        self.file = Path("results.jsonl")
+        self.results = {}
+        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
+        lines = [line for line in lines if line.endswith("\n")]         # a killed process may have left half a line
+        self.file.write_text("".join(lines))
+        for line in lines:
             key, result = json.loads(line)
             self.results[json.dumps(key)] = result
 
@@ -292,7 +303,7 @@ class Study:
             self.results[json.dumps(task)] = result
             with open(self.file, "a") as f:
                 f.write(json.dumps([task, result], default=float) + "\n")
-            print(task[0].folder.name, *task[1:], result and f"{result.get('distance', 0):.2f}", flush=True)
+            print("measured", task[0].folder.name, *task[1:], flush=True)
         return [self.results[key] for key in keys]
 
     def figures(self, name, runs, knobs, steps=None):
@@ -303,7 +314,15 @@ class Study:
 
     def denoising(self, name, runs, step=None):
         """Return rmse, ce or bins of runs: [runs,times,...]."""
-        return np.array([one[name] for one in self.measured([(run, step or self.set.steps, None) for run in runs])])
+        found = self.measured([(run, step or self.set.steps, None) for run in runs])
+        whole = [one[name] for one in found if one]
+        return np.array([one[name] if one else np.full_like(whole[0], np.nan) for one in found])
+
+    def floor(self):
+        """Return the distance of other real cats to real cats: no method can be expected below."""
+        eye, real, vq, _ = yardstick(self.device)
+        coats = np.arange(self.set.images) % len(judge.COATS)
+        return judge.figures(judge.yardstick(eye, vq, coats, self.device), coats, real)
 
 
 # ---------- the questions
@@ -326,17 +345,38 @@ def table(head, rows):
 
 
 def crossing(steps, values, goal):
-    """Return after how many steps a curve first falls to the goal, linear between checkpoints; inf if never."""
+    """Return the share of the steps after which a curve first falls to the goal, linear between checkpoints.
+
+    It is inf if the curve never does, and an upper bound if it has done so at the first checkpoint.
+    """
     below = np.flatnonzero(np.asarray(values) <= goal)
     if not len(below):
         return np.inf
     i = below[0]
-    return float(np.interp(goal, values[i - 1:i + 1][::-1], steps[i - 1:i + 1][::-1])) if i else float(steps[0])
+    at = np.interp(goal, values[i - 1:i + 1][::-1], steps[i - 1:i + 1][::-1]) if i else steps[0]
+    return float(at / steps[-1])
+
+
+def shares(steps, curves, goal):
+    """Write when curves [seeds,steps] reach a goal, as shares of the steps."""
+    found = [crossing(steps, curve, goal) for curve in curves]
+    if min(found) == steps[0] / steps[-1]:
+        return f"at most {max(found):.2f}"
+    reached = [x for x in found if x < np.inf]
+    if len(reached) < len(found):
+        return f"{len(reached)} of {len(found)} seeds" if reached else "never"
+    return shown(found)
+
+
+def over_time(rmse):
+    """Average rmse [seeds,times] over t from the first of TIMES to the last: [seeds]."""
+    squared = trapezoid(np.square(rmse), TIMES, axis=1)
+    return np.sqrt(squared / (TIMES[-1] - TIMES[0]))
 
 
 def draw_curve(axes, x, curves, **style):
     """Draw the mean of curves [seeds,points], and their range as a band."""
-    line, = axes.plot(x, curves.mean(0), ".-", **style)
+    line, = axes.plot(x, curves.mean(0), marker=".", **style)
     axes.fill_between(x, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
 
 
@@ -347,11 +387,16 @@ def tune(study):
     study.train(run for runs in tried.values() for run in runs)
     runs, rows = {}, []
     for arm in ARMS:
-        distances = study.figures("distance", tried[arm], knobs_of(arm)[:1]).ravel()
+        own, _ = knobs_of(arm)
+        distances = study.figures("distance", tried[arm], [own]).ravel()
+        if distances.min() == np.inf:
+            raise InputError(f"{arm}: training failed at every rate, see {tried[arm][0].failed}")
         best = study.set.rates[int(distances.argmin())]
         runs[arm] = [Run(arm, best, seed) for seed in study.set.seeds]
         rows.append([arm, *(f"**{x:.2f}**" if x == distances.min() else f"{x:.2f}" for x in distances)])
-    runs["shuffled"] = [run._replace(objective="shuffled") for run in runs["purrception"]]
+        if arm in SAME_PATH:
+            rows.append([f"{arm}, rmse", *(f"{x:.3f}" for x in over_time(study.denoising("rmse", tried[arm])))])
+    runs["shuffled"] = [run._replace(objective="shuffled") for run in runs["purrception"]]  # at Purrception's rate
     study.train(run for each in runs.values() for run in each)
     return runs, table(["distance by learning rate", *(f"{lr:g}" for lr in study.set.rates)], rows)
 
@@ -365,26 +410,30 @@ def converge(study, runs, pyplot):
         final = study.figures("distance", runs[arm], knobs).mean((0, 2))
         best = knobs[int(final.argmin())]
         curves[arm] = [study.figures("distance", runs[arm], [knob], marks)[:, 0] for knob in (own, best)]
-        curves[arm].append(np.stack([study.denoising("rmse", runs[arm], step).mean(1) for step in marks], 1))
+        if arm in SAME_PATH:
+            curves[arm].append(np.stack([over_time(study.denoising("rmse", runs[arm], step)) for step in marks], 1))
         for axes, curve in zip(panels, curves[arm]):
             draw_curve(axes, marks, curve, label=arm, color=TINT[arm])
         others = [study.figures(name, runs[arm], [best]) for name in ("precision", "recall")]
         ends[arm] = [curve[:, -1] for curve in curves[arm]]
         rows.append([arm, f"{runs[arm][0].lr:g}", shown(ends[arm][0]), best, shown(ends[arm][1]), *map(shown, others),
-                     shown(ends[arm][2], 3)])
+                     shown(ends[arm][2], 3) if arm in SAME_PATH else "-"])
+    floor = study.floor()["distance"]
     for axes, title in zip(panels, ("distance, default temperature", "distance, best temperature", "rmse(mu - z1)")):
         axes.set(title=title, xlabel="training steps", yscale="log")
+    for axes in panels[:2]:
+        axes.axhline(floor, ls=":", color="grey", label="real cats")
     panels[0].legend()
     figure.savefig("convergence.png", dpi=100)
     head = "arm", "rate", "distance", "best tau or k", "distance there", "precision", "recall", "rmse"
+    rows.append(["other real cats", "-", f"{floor:.2f}", *["-"] * 5])
     lines = table(head, rows)
     rows = []
     for one, other in (("purrception", "cfm"), ("purrception", "endpoint"), ("purrception", "dfm"), ("endpoint", "cfm"),
                        ("cfm", "purrception"), ("endpoint", "purrception"), ("dfm", "purrception"),
                        ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled")):
-        shares = [[crossing(marks, curve, ends[other][i].mean()) / marks[-1] for curve in curves[one][i]]
-                  for i in range(3)]
-        rows.append([f"{one} reaches the end of {other} after this share of the steps", *map(shown, shares)])
+        found = [shares(marks, curve, end.mean()) for curve, end in zip(curves[one], ends[other])]
+        rows.append([f"{one} reaches {other}'s end after this share of the steps", *found, *["-"] * (3 - len(found))])
     return lines + table(["", "distance, default", "distance, best", "rmse"], rows)
 
 
@@ -404,13 +453,10 @@ def heat(study, runs, pyplot):
     panels[1].set(xlabel="precision", ylabel="recall")
     panels[0].legend()
     figure.savefig("temperature.png", dpi=100)
-    _, _, device = start_process()
-    pictures = []
+    flow, vq, *_ = load_run(runs["purrception"][0].checkpoint(study.set.steps), study.device)
     with torch.inference_mode():
-        for tau in TAUS:
-            flow, vq, *_ = load_run(runs["purrception"][0].checkpoint(study.set.steps), device)
-            codes, _ = draw_codes(flow, 10, 0, device, **sampler(flow, tau))
-            pictures.append(decode_pixels(vq, codes))
+        rows_of = [draw_codes(flow, 10, 0, study.device, steps=10, order=2, tau=tau)[0] for tau in TAUS]
+        pictures = [decode_pixels(vq, codes) for codes in rows_of]
     save_image("temperatures.png", torch.cat(pictures), 10)
     return table(["arm", "tau or k", *names], rows)
 
@@ -421,11 +467,11 @@ def denoise(study, runs, pyplot):
     lines = []
     for axes, name in zip(panels, ("rmse", "ce")):
         rows = []
-        for arm in (*ARMS, "shuffled"):
+        for arm in ARMS:                                   # DFM's z_t is another one
             if name == "ce" and issubclass(OBJECTIVES[arm], CFM):
                 continue
             found = study.denoising(name, runs[arm])       # [seeds,times]
-            draw_curve(axes, TIMES, found, label=arm, color=TINT[arm])
+            draw_curve(axes, TIMES, found, label=arm, color=TINT[arm], ls="-" if arm in SAME_PATH else ":")
             rows.append([arm, *(shown(found[:, i], 3) for i in range(len(TIMES)))])
         axes.set(xlabel="t", ylabel={"rmse": "rmse(mu - z1)", "ce": "cross-entropy, nats"}[name])
         lines += table([f"{name} at t =", *TIMES], rows)
@@ -495,10 +541,9 @@ def main():
     out = args.out or Path("study-quick" if args.quick else "study")
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)                                          # train.py writes runs/ where it is started
-    _, _, device = start_process()
     settings = QUICK if args.quick else FULL
-    study = Study(settings, 1 if device.type == "cuda" else len(os.sched_getaffinity(0)))
-    lines = [f"{json.dumps(settings)}; {device.type}, torch {torch.__version__}.", ""]
+    study = Study(settings, 1 if torch.cuda.is_available() else torch.get_num_threads())
+    lines = [f"{json.dumps(settings)}; {study.device.type}, torch {torch.__version__}.", ""]
     runs, found = tune(study)
     lines += found
     for answer in (converge, heat, denoise, calibrate, weigh_z_loss):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "demo"))
 import study
 import train
 
-from flow import OBJECTIVES
+from flow import CFM, OBJECTIVES
 from model import DiT
 from vq import InputError
 
@@ -29,8 +29,8 @@ CPU = torch.device("cpu")
 def build(name, std=0.3):
     """Build an arm around a DiT for 8x8 grids, of random weights or, with std 0, with a head of zeros."""
     torch.manual_seed(0)
-    net = DiT(input_size=8, patch_size=2, in_channels=16 if name == "dfm" else d, out_channels=d if name == "cfm" else K,
-              hidden_size=16, depth=1, num_heads=2, num_classes=5)
+    net = DiT(input_size=8, patch_size=2, hidden_size=16, depth=1, num_heads=2, num_classes=5,
+              in_channels=16 if name == "dfm" else d, out_channels=d if issubclass(OBJECTIVES[name], CFM) else K)
     f = OBJECTIVES[name](net, torch.randn(K, d))
     for x in net.parameters():
         if x.requires_grad and std:
@@ -89,9 +89,10 @@ def test_a_rescaled_velocity_is_that_of_gaussian_data_of_a_kth_of_the_variance(k
             return (t * variance - (1 - t)) / (t * t * variance + (1 - t) ** 2) * z
         return velocity
 
-    z, t = torch.randn(5, d, 2, 2), torch.tensor([0.0, 0.2, 0.5, 0.8, 0.99])
-    got = study.rescaled(gaussian(study.VARIANCE), k)(z, t, None)
-    torch.testing.assert_close(got, gaussian(study.VARIANCE / k)(z, t), atol=1e-5, rtol=1e-5)
+    variance = torch.tensor(study.VARIANCE).view(1, -1, 1, 1)
+    z, t = torch.randn(5, 4, 2, 2), torch.tensor([0.0, 0.2, 0.5, 0.8, 0.99])
+    got = study.rescaled(gaussian(variance), k)(z, t, None)
+    torch.testing.assert_close(got, gaussian(variance / k)(z, t), atol=1e-5, rtol=1e-5)
 
 
 # ------------------------------ measures
@@ -117,7 +118,7 @@ def test_an_untrained_network_knows_nothing_and_says_so(grids):
 
 @torch.inference_mode()
 def test_denoising_is_measured_by_the_plain_formulas(grids):
-    f, cfm = build("likelihood"), build("cfm")
+    f, cfm = build("likelihood"), build("endpoint")
     found, regressed = (study.measure_denoising(each, CPU, 20) for each in (f, cfm))
     for i, t in enumerate(study.TIMES):
         z0 = f.prior(20, train.seeded("cpu", 0, round(1000 * t)))
@@ -142,9 +143,26 @@ def test_dfm_knows_what_is_unmasked(grids):
 
 
 def test_a_crossing_lies_between_checkpoints_in_proportion():
-    assert study.crossing([10, 20, 50], [5.0, 3.0, 1.0], 2.0) == 35
-    assert study.crossing([10, 20, 30], [1.0, 5.0, 4.0], 2.0) == 10
-    assert study.crossing([10, 20], [5.0, 3.0], 2.0) == np.inf
+    steps = [10, 20, 50]
+    assert study.crossing(steps, [5.0, 3.0, 1.0], 2.0) == 35 / 50
+    assert study.shares(steps, [[5.0, 3.0, 1.0], [5.0, 4.0, 2.0]], 2.0) == "0.85 (0.70 to 1.00)"
+    assert study.shares(steps, [[1.0, 5.0, 4.0], [5.0, 1.0, 1.0]], 3.0) == "at most 0.30"
+    assert study.shares(steps, [[5.0, 3.0, 1.0], [5.0, 4.0, 3.0]], 2.0) == "1 of 2 seeds"
+    assert study.shares(steps, [[5.0, 4.0, 3.0]], 2.0) == "never"
+
+
+def test_rmse_is_averaged_over_t_not_over_the_times_that_were_chosen():
+    flat = np.full((2, len(study.TIMES)), 0.3)
+    assert study.over_time(flat) == pytest.approx([0.3, 0.3])
+    assert study.over_time(np.sqrt([study.TIMES])) ** 2 == pytest.approx([np.mean([study.TIMES[0], study.TIMES[-1]])])
+
+
+def test_evidence_is_exact_under_autocast():
+    f, t = build("likelihood"), torch.tensor([0.9, 0.97])
+    _, _, z = point(f, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = f.evidence(z, t)
+    assert inside.equal(f.evidence(z, t))
 
 
 # ------------------------------ the whole
@@ -173,7 +191,7 @@ def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkey
     keys = [json.dumps(json.loads(line)[0]) for line in Path("results.jsonl").read_text().splitlines()]
     assert len(keys) == len(set(keys))
     text = "\n".join(lines)
-    assert all(f"| {arm} |" in text for arm in study.ARMS) and "| 6.9 |" in text           # ln 1024 = 6.93
+    assert all(f"| {arm} |" in text for arm in study.ARMS) and "| 6.9 |" in text and "| other real cats |" in text  # ln 1024 = 6.93
     assert Path("temperatures.png").exists()
     assert "opt" not in torch.load(next(Path("runs").glob("*/ckpt-0000004.pt")))
 
