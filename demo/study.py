@@ -2,7 +2,7 @@
 
     pip install -r demo/requirements.txt       # matplotlib, for the figures
     python demo/study.py                       # 70 minutes on 2 CPU cores, 5 GB in study/
-    python demo/study.py --quick               # 8 minutes: one seed, two learning rates, short runs
+    python demo/study.py --quick               # 8 minutes: one seed, one learning rate, short runs
 
 The arms share the network but for its ends, the batch and the number of steps. Each has the best of four learning
 rates, by the judge's distance at seed 0. There are two measures:
@@ -46,13 +46,16 @@ from vq import (InputError, decode_pixels, from_pixels, load_vq, read_checkpoint
 
 FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
             images=256, grids=500)
-QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3, 4e-3), images=256, grids=100)
+QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3,), images=128, grids=100)
 ARMS = "cfm", "endpoint", "purrception", "likelihood", "dfm"
 TAUS = 0.3, 0.5, 0.7, 0.9, 1.0, 1.2
 RESCALINGS = 0.8, 1.0, 1.2, 1.5, 2.0                       # k of rescaled()
 VARIANCE = 1.47, 1.34, 0.34, 0.04                          # of the cats' code vectors, by channel
 TIMES = 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99
 SAME_PATH = ARMS[:-1]                                      # z_t means the same: rmse and ce can be compared
+PAIRS = (("purrception", "cfm"), ("purrception", "endpoint"), ("purrception", "dfm"), ("endpoint", "cfm"),
+         ("cfm", "purrception"), ("endpoint", "purrception"), ("dfm", "purrception"),
+         ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled"))
 DRIFT = 4, 16                                              # times the best learning rate, where logits can drift
 UNWEIGHTED = 1e-12     # a z-loss too light to move a weight, by which the log still tells the size of logsumexp
 TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C4", "C1", "C3", "C2", "C5")))
@@ -360,11 +363,13 @@ def crossing(steps, values, goal):
 def shares(steps, curves, goal):
     """Write when curves [seeds,steps] reach a goal, as shares of the steps."""
     found = [crossing(steps, curve, goal) for curve in curves]
-    if min(found) == steps[0] / steps[-1]:
-        return f"at most {max(found):.2f}"
     reached = [x for x in found if x < np.inf]
+    if not reached:
+        return "never"
     if len(reached) < len(found):
-        return f"{len(reached)} of {len(found)} seeds" if reached else "never"
+        return f"{len(reached)} of {len(found)} seeds"
+    if min(found) == steps[0] / steps[-1]:                 # before the first checkpoint
+        return f"at most {max(found):.2f}"
     return shown(found)
 
 
@@ -404,7 +409,8 @@ def tune(study):
 def converge(study, runs, pyplot):
     """Draw distance and rmse against training steps, at each arm's default temperature and at its best."""
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    rows, ends, curves, marks = [], {}, {}, list(study.marks)
+    rows, curves = [], {}
+    marks = list(study.marks)
     for arm in (*ARMS, "shuffled"):
         own, knobs = knobs_of(arm)
         final = study.figures("distance", runs[arm], knobs).mean((0, 2))
@@ -415,9 +421,8 @@ def converge(study, runs, pyplot):
         for axes, curve in zip(panels, curves[arm]):
             draw_curve(axes, marks, curve, label=arm, color=TINT[arm])
         others = [study.figures(name, runs[arm], [best]) for name in ("precision", "recall")]
-        ends[arm] = [curve[:, -1] for curve in curves[arm]]
-        rows.append([arm, f"{runs[arm][0].lr:g}", shown(ends[arm][0]), best, shown(ends[arm][1]), *map(shown, others),
-                     shown(ends[arm][2], 3) if arm in SAME_PATH else "-"])
+        ends = [shown(curve[:, -1], digits) for curve, digits in zip(curves[arm], (2, 2, 3))] + ["-"]
+        rows.append([arm, f"{runs[arm][0].lr:g}", ends[0], best, ends[1], *map(shown, others), ends[2]])
     floor = study.floor()["distance"]
     for axes, title in zip(panels, ("distance, default temperature", "distance, best temperature", "rmse(mu - z1)")):
         axes.set(title=title, xlabel="training steps", yscale="log")
@@ -427,14 +432,16 @@ def converge(study, runs, pyplot):
     figure.savefig("convergence.png", dpi=100)
     head = "arm", "rate", "distance", "best tau or k", "distance there", "precision", "recall", "rmse"
     rows.append(["other real cats", "-", f"{floor:.2f}", *["-"] * 5])
-    lines = table(head, rows)
+    return table(head, rows) + race(curves, marks)
+
+
+def race(curves, marks):
+    """Tell after which share of its steps an arm reaches the other's mean end, by each of three measures."""
     rows = []
-    for one, other in (("purrception", "cfm"), ("purrception", "endpoint"), ("purrception", "dfm"), ("endpoint", "cfm"),
-                       ("cfm", "purrception"), ("endpoint", "purrception"), ("dfm", "purrception"),
-                       ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled")):
-        found = [shares(marks, curve, end.mean()) for curve, end in zip(curves[one], ends[other])]
-        rows.append([f"{one} reaches {other}'s end after this share of the steps", *found, *["-"] * (3 - len(found))])
-    return lines + table(["", "distance, default", "distance, best", "rmse"], rows)
+    for one, other in PAIRS:
+        found = [shares(marks, curve, end[:, -1].mean()) for curve, end in zip(curves[one], curves[other])]
+        rows.append([f"{one} reaches {other}'s end", *found, *["-"] * (3 - len(found))])
+    return table(["share of the steps after which", "distance, default", "distance, best", "rmse"], rows)
 
 
 def heat(study, runs, pyplot):

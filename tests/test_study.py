@@ -147,6 +147,7 @@ def test_a_crossing_lies_between_checkpoints_in_proportion():
     assert study.crossing(steps, [5.0, 3.0, 1.0], 2.0) == 35 / 50
     assert study.shares(steps, [[5.0, 3.0, 1.0], [5.0, 4.0, 2.0]], 2.0) == "0.85 (0.70 to 1.00)"
     assert study.shares(steps, [[1.0, 5.0, 4.0], [5.0, 1.0, 1.0]], 3.0) == "at most 0.30"
+    assert study.shares(steps, [[1.0, 5.0, 4.0], [5.0, 4.0, 4.0]], 3.0) == "1 of 2 seeds"
     assert study.shares(steps, [[5.0, 3.0, 1.0], [5.0, 4.0, 3.0]], 2.0) == "1 of 2 seeds"
     assert study.shares(steps, [[5.0, 4.0, 3.0]], 2.0) == "never"
 
