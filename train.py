@@ -280,9 +280,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         if not math.isfinite(means[0] + grad_norm):
             raise InputError(f"step {done}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
                              "the last checkpoint with --resume and a smaller --lr")
-        rise = done / max(1, args.warmup)
-        fall = (args.steps - step) / max(1, args.cooldown)
-        lr = args.lr * min(1, rise, fall)
+        lr = args.lr * min(1, done / max(1, args.warmup))
         for group in opt.param_groups:  # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
@@ -359,7 +357,6 @@ def flags():
     add("--accumulate", type=count, default=1, help="micro-batches per process and step")
     add("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
     add("--warmup", type=whole, default=0, help="steps over which the learning rate rises")
-    add("--cooldown", type=whole, default=0, help="last steps, over which it falls to 0 (beyond the paper)")
     add("--weight-decay", type=real, default=0.01, help="weight decay of AdamW")
     add("--grad-clip", type=positive, default=1.0, help="norm to which gradients are clipped")
     add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights")

@@ -158,7 +158,7 @@ def train_run(task):
     """Train a run, or go on with it, as train.py does; then drop the optimizer from its checkpoints."""
     run, steps, every, batch = task
     words = dict(data=HERE, name=run.folder.name, objective=run.objective, lr=run.lr, seed=run.seed, z_loss=run.z_loss,
-                 steps=steps, cooldown=0, global_batch_size=batch, ckpt_every=every, keep_every=every, sample_every=0,
+                 steps=steps, global_batch_size=batch, ckpt_every=every, keep_every=every, sample_every=0,
                  log_every=20)
     words = [word for name, x in words.items() for word in (f"--{name.replace('_', '-')}", str(x))]
     words += ["--bf16" if run.bf16 else "--no-bf16"] + ["--resume"] * run.folder.exists()
