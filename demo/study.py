@@ -1,7 +1,7 @@
 """Measure the paper's claims at small scale: Purrception, its baselines and variants, on the demo's cats.
 
     pip install -r demo/requirements.txt       # matplotlib, for the figures
-    python demo/study.py                       # 75 minutes on 2 CPU cores, 4 GB in study/
+    python demo/study.py                       # 75 minutes on 2 CPU cores, 3 GB in study/
     python demo/study.py --quick               # 8 minutes: one seed, one learning rate, short runs
 
 The arms share the network but for its ends, the batch and the number of steps. Each has the best of four learning
