@@ -282,7 +282,8 @@ class Study:
 
     def spread(self, function, tasks):
         """Yield function(task) for all tasks, by processes of one thread each: faster than one of many threads."""
-        return self.pool.map(function, tasks) if self.workers > 1 else map(function, tasks)
+        alone = self.workers < 2 or len(tasks) < 2
+        return map(function, tasks) if alone else self.pool.map(function, tasks)
 
     @functools.cached_property
     def pool(self):
@@ -385,6 +386,13 @@ def draw_curve(axes, x, curves, **style):
     axes.fill_between(x, curves.min(0), curves.max(0), alpha=0.2, color=line.get_color())
 
 
+def log_scale(axes):
+    """Make the axis of distances logarithmic, with plain numbers."""
+    axes.set_yscale("log")
+    axes.set_yticks((2, 3, 5, 7, 10, 15, 20, 30, 40), (2, 3, 5, 7, 10, 15, 20, 30, 40))
+    axes.minorticks_off()
+
+
 def tune(study):
     """Find each arm's best learning rate at seed 0, then train it on all seeds: {arm: runs}. Return lines, too."""
     first = study.set.seeds[0]
@@ -425,10 +433,11 @@ def converge(study, runs, pyplot):
         rows.append([arm, f"{runs[arm][0].lr:g}", ends[0], best, ends[1], *map(shown, others), ends[2]])
     floor = study.floor()["distance"]
     for axes, title in zip(panels, ("distance, default temperature", "distance, best temperature", "rmse(mu - z1)")):
-        axes.set(title=title, xlabel="training steps", yscale="log")
+        axes.set(title=title, xlabel="training steps")
     for axes in panels[:2]:
         axes.axhline(floor, ls=":", color="grey", label="real cats")
-    panels[0].legend()
+        log_scale(axes)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig("convergence.png", dpi=100)
     head = "arm", "rate", "distance", "best tau or k", "distance there", "precision", "recall", "rmse"
     rows.append(["other real cats", "-", f"{floor:.2f}", *["-"] * 5])
@@ -456,7 +465,8 @@ def heat(study, runs, pyplot):
         draw_curve(panels[0], heats, found[0], label=arm, color=TINT[arm])
         panels[1].plot(found[1].mean(0), found[2].mean(0), ".-", label=arm, color=TINT[arm])
         rows += [[arm, knob, *(shown(x[:, i]) for x in found)] for i, knob in enumerate(knobs)]
-    panels[0].set(xlabel="tau; regressions: 1/k", ylabel="Fréchet distance, judge", yscale="log")
+    panels[0].set(xlabel="tau; regressions: 1/k", ylabel="Fréchet distance, judge")
+    log_scale(panels[0])
     panels[1].set(xlabel="precision", ylabel="recall")
     panels[0].legend()
     figure.savefig("temperature.png", dpi=100)
