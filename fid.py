@@ -316,6 +316,7 @@ def measure(path, features, net, args):
 
 
 def save_statistics(path, **arrays):
+    """Write an .npz file, whole or not at all."""
     partial = path.with_name(f".{path.stem}.partial.npz")
     try:
         np.savez(partial, **arrays)

@@ -250,9 +250,11 @@ class Endpoint(CFM):
         return mse, {"mse": mse.detach()}
 
     def mean(self, z, t, y, tau=None, cfg=1.0):
+        """Compute the network's mu, guided: [B,d,h,w]. tau must be None."""
         return super().velocity(z, t, y, tau, cfg)
 
     def velocity(self, z, t, y, tau=None, cfg=1.0):
+        """Compute (mu - z) / (1 - t)."""
         return Purrception.velocity(self, z, t, y, tau, cfg)
 
 

@@ -412,7 +412,7 @@ def main(argv=None):
         args.bf16 = bf16_is_fast(device)
     settings = {"started": time.strftime("%Y-%m-%d %H:%M:%S")} | vars(args) | {"data": str(data.path)}
     del settings["name"], settings["resume"]
-    if world > 1:  # an hour: process 0 may be sampling
+    if world > 1:  # an hour: process 0 may be saving or sampling
         backend, gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
     start = ckpt["step"] if ckpt else 0

@@ -5,10 +5,10 @@
     python demo/study.py --quick               # 8 minutes: one seed, one learning rate, short runs
 
 The arms share the network but for its ends, the batch and the number of steps. Each has the best of four learning
-rates, by the judge's distance at seed 0. There are two measures:
+rates, by the judge's distance at seed 0; the shuffled codebook takes Purrception's. There are two measures:
 
     denoising    rmse(mu - z1) and cross-entropy on held-out code grids at fixed t: no sampler, no tau, no features
-    samples      the figures of judge.py for EMA samples without guidance, from the same noise for all
+    samples      the figures of judge.py for EMA samples without guidance, from the same noise for all arms
 
 The folder OUT receives the figures, summary.md, and results.jsonl. What is in it is not measured again: the same
 command goes on after an interruption.
@@ -40,7 +40,7 @@ from samplers import draw_codes
 sys.path.insert(0, str(HERE.parent))
 import train  # noqa: E402
 from flow import CFM, DFM, OBJECTIVES, Purrception, at_least_float32  # noqa: E402
-from sample import load_run  # noqa: E402
+from sample import TAU, load_run  # noqa: E402
 from vq import (InputError, decode_pixels, from_pixels, load_vq, read_checkpoint, read_json, replacing,  # noqa: E402
                 save_image, start_process)
 
@@ -170,10 +170,11 @@ def train_run(task):
             raise
         run.failed.write_text(str(error))
         return
+    finally:                                               # train() only noted signals; from here on they end the study
+        start_process()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not run.checkpoint(steps).exists():                 # a signal stopped it
         os._exit(1)                                        # SystemExit would leave this process to its next task
-    start_process()                                        # train() only noted signals; from here on they end the study
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for step in range(every, steps + 1, every):
         ckpt = read_checkpoint(run.checkpoint(step))
         with replacing(run.checkpoint(step)) as file:
@@ -301,7 +302,6 @@ class Study:
         """Return what measure() returns for tasks (run, step, knob), from the table or measured now."""
         keys = [json.dumps(task) for task in tasks]
         missing = [task for task, key in zip(tasks, keys) if key not in self.results]
-        missing = list(dict.fromkeys(missing))
         whole = [(*task, self.set.images, self.set.grids) for task in missing]
         for task, result in zip(missing, self.spread(measure, whole)):
             self.results[json.dumps(task)] = result
@@ -326,15 +326,16 @@ class Study:
         """Return the distance of other real cats to real cats: no method can be expected below."""
         eye, real, vq, _ = yardstick(self.device)
         coats = np.arange(self.set.images) % len(judge.COATS)
-        return judge.figures(judge.yardstick(eye, vq, coats, self.device), coats, real)
+        return judge.figures(judge.yardstick(eye, vq, coats, self.device), coats, real)["distance"]
 
 
 # ---------- the questions
 
 def knobs_of(arm):
     """Return an arm's own temperature, sample.py's default, and all that are tried."""
-    regression = issubclass(OBJECTIVES[arm], CFM)
-    return (1.0, RESCALINGS) if regression else (1.0 if arm == "dfm" else 0.9, TAUS)
+    if issubclass(OBJECTIVES[arm], CFM):
+        return 1.0, RESCALINGS
+    return TAU.get(arm, TAU["purrception"]), TAUS
 
 
 def shown(values, digits=2):
@@ -431,7 +432,7 @@ def converge(study, runs, pyplot):
         others = [study.figures(name, runs[arm], [best]) for name in ("precision", "recall")]
         ends = [shown(curve[:, -1], digits) for curve, digits in zip(curves[arm], (2, 2, 3))] + ["-"]
         rows.append([arm, f"{runs[arm][0].lr:g}", ends[0], best, ends[1], *map(shown, others), ends[2]])
-    floor = study.floor()["distance"]
+    floor = study.floor()
     for axes, title in zip(panels, ("distance, default temperature", "distance, best temperature", "rmse(mu - z1)")):
         axes.set(title=title, xlabel="training steps")
     for axes in panels[:2]:
@@ -457,9 +458,9 @@ def heat(study, runs, pyplot):
     """Draw distance, and recall against precision, by temperature; make a sheet of one noise at each tau."""
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
     rows = []
+    names = "distance", "precision", "recall", "spread"
     for arm in ARMS:
-        knobs = knobs_of(arm)[1]
-        names = "distance", "precision", "recall", "spread"
+        _, knobs = knobs_of(arm)
         found = [study.figures(name, runs[arm], knobs)[..., 0] for name in names]          # [seeds,knobs] each
         heats = 1 / np.array(knobs) if issubclass(OBJECTIVES[arm], CFM) else knobs
         draw_curve(panels[0], heats, found[0], label=arm, color=TINT[arm])
@@ -472,8 +473,8 @@ def heat(study, runs, pyplot):
     figure.savefig("temperature.png", dpi=100)
     flow, vq, *_ = load_run(runs["purrception"][0].checkpoint(study.set.steps), study.device)
     with torch.inference_mode():
-        rows_of = [draw_codes(flow, 10, 0, study.device, steps=10, order=2, tau=tau)[0] for tau in TAUS]
-        pictures = [decode_pixels(vq, codes) for codes in rows_of]
+        drawn = [draw_codes(flow, 10, 0, study.device, steps=10, order=2, tau=tau)[0] for tau in TAUS]
+        pictures = [decode_pixels(vq, codes) for codes in drawn]
     save_image("temperatures.png", torch.cat(pictures), 10)
     return table(["arm", "tau or k", *names], rows)
 

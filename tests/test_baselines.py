@@ -62,6 +62,13 @@ def point(f, B=2):
     return codes, t, y, f.path(f.prior(B), codes, t)
 
 
+def guided_outputs(f, z, t, y, cfg):
+    """Guide the outputs of a regression's network by hand: [B,d,h,w]."""
+    c = f.model(z, t, y)                                   # [B,h,w,d]
+    u = f.model(z, t, torch.full_like(y, f.model.num_classes))
+    return (u + cfg * (c - u)).movedim(-1, 1)
+
+
 # ------------------------------------------------------------------------ CFM
 
 def test_cfm_with_a_perfect_network_returns_the_two_points_it_was_taught():
@@ -99,9 +106,7 @@ def test_cfm_regresses_z1_minus_z0():
 def test_cfm_velocity_is_the_networks_own_with_guidance(patch, cfg):
     f = build("cfm", patch)
     _, t, y, z = point(f)
-    c = f.model(z, t, y)                                   # [B,h,w,d]
-    u = f.model(z, t, torch.full_like(y, f.model.num_classes))
-    expected = (u + cfg * (c - u)).movedim(-1, 1)
+    expected = guided_outputs(f, z, t, y, cfg)
     torch.testing.assert_close(f.velocity(z, t, y, cfg=cfg), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -163,9 +168,7 @@ def test_endpoint_regresses_z1():
 def test_endpoint_mean_is_the_networks_own_with_guidance_and_its_velocity_leads_there(patch, cfg):
     f = build("endpoint", patch)
     _, t, y, z = point(f)
-    c = f.model(z, t, y)                                   # [B,h,w,d]
-    u = f.model(z, t, torch.full_like(y, f.model.num_classes))
-    mu = (u + cfg * (c - u)).movedim(-1, 1)
+    mu = guided_outputs(f, z, t, y, cfg)
     torch.testing.assert_close(f.mean(z, t, y, cfg=cfg), mu, atol=1e-5, rtol=1e-4)
     left = 1 - t.view(-1, 1, 1, 1)
     torch.testing.assert_close(f.velocity(z, t, y, cfg=cfg), (mu - z) / left, atol=1e-4, rtol=1e-4)

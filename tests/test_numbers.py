@@ -225,7 +225,7 @@ def test_a_network_of_any_number_of_classes_and_codes_trains_and_samples(name, c
     opt = torch.optim.AdamW(f.parameters(), 1e-3)
     for step in range(3):
         loss, parts = f(codes, y, noise=f.noise(B, train.seeded("cpu", step)))
-        if step == 0 and "ce" in parts:
+        if step == 0 and name not in ("cfm", "endpoint"):
             assert parts["ce"].item() == pytest.approx(math.log(K), rel=1e-6)
         opt.zero_grad()
         loss.backward()

@@ -19,7 +19,7 @@ import train
 
 from flow import CFM, OBJECTIVES
 from model import DiT
-from vq import InputError
+from vq import InputError, load_vq
 
 TINY = dict(steps=4, checkpoints=2, batch=4, seeds=(0,), rates=(1e-3, 1e-2), images=20, grids=20)
 K, d = 7, 3
@@ -93,6 +93,12 @@ def test_a_rescaled_velocity_is_that_of_gaussian_data_of_a_kth_of_the_variance(k
     z, t = torch.randn(5, 4, 2, 2), torch.tensor([0.0, 0.2, 0.5, 0.8, 0.99])
     got = study.rescaled(gaussian(variance), k)(z, t, None)
     torch.testing.assert_close(got, gaussian(variance / k)(z, t), atol=1e-5, rtol=1e-5)
+
+
+def test_the_variance_is_that_of_the_cats_code_vectors():
+    codes = torch.from_numpy(np.load(study.HERE / "codes.npy").astype(np.int64))
+    z1 = load_vq(study.HERE / "tokenizer.pt").embed(codes)
+    assert z1.var((0, 2, 3)).tolist() == pytest.approx(study.VARIANCE, abs=0.006)
 
 
 # ------------------------------ measures
