@@ -156,6 +156,11 @@ def compile_blocks(model):
     compile_loss()
 
 
+def make_optimizer(flow, lr):
+    params = [p for p in flow.parameters() if p.requires_grad]
+    return torch.optim.AdamW(params, lr, eps=1e-6, fused=True)  # the authors' release: eps 1e-8
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """Update the averaged weights: ema <- decay ema + (1 - decay) model."""
@@ -239,8 +244,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
     torch.manual_seed(args.seed)
     flow = build(args, data.meta, vq.codebook, data.codes.shape[1]).to(device)
     average = copy.deepcopy(flow).requires_grad_(False)  # the same method on averaged weights
-    params = [p for p in flow.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(params, args.lr, eps=1e-6, fused=True)  # the authors' release: eps 1e-8
+    opt = make_optimizer(flow, args.lr)
     start = ckpt["step"] if ckpt else 0
     if ckpt:
         pairs = (flow.model, ckpt["model"]), (average.model, ckpt["ema"]), (opt, ckpt["opt"])
@@ -274,7 +278,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
             stats = stats + means.float() / (args.accumulate * world)
         if world > 1:
             dist.all_reduce(stats)
-        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), args.grad_clip)
         codes, y = fetch(data, args, done, mine, device)  # the next batch, while a GPU is at work
         *means, stopping = stats.tolist()
         if not math.isfinite(means[0] + grad_norm):

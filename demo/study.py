@@ -47,7 +47,7 @@ from vq import (InputError, decode_pixels, from_pixels, load_vq, read_checkpoint
 FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
             images=256, grids=500)
 QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3,), images=128, grids=100)
-ARMS = "cfm", "endpoint", "purrception", "likelihood", "dfm"
+ARMS = "cfm", "endpoint", "purrception", "geometric", "muon", "likelihood", "dfm"
 TAUS = 0.3, 0.5, 0.7, 0.9, 1.0, 1.2
 RESCALINGS = 0.8, 1.0, 1.2, 1.5, 2.0                       # k of rescaled()
 VARIANCE = 1.47, 1.34, 0.34, 0.04                          # of the cats' code vectors, by channel
@@ -55,10 +55,11 @@ TIMES = 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99
 SAME_PATH = ARMS[:-1]                                      # z_t means the same: rmse and ce can be compared
 PAIRS = (("purrception", "cfm"), ("purrception", "endpoint"), ("purrception", "dfm"), ("endpoint", "cfm"),
          ("cfm", "purrception"), ("endpoint", "purrception"), ("dfm", "purrception"),
-         ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled"))
+         ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled"),
+         ("geometric", "purrception"), ("geometric", "cfm"), ("cfm", "geometric"), ("muon", "purrception"))
 DRIFT = 4, 16                                              # times the best learning rate, where logits can drift
 UNWEIGHTED = 1e-12     # a z-loss too light to move a weight, by which the log still tells the size of logsumexp
-TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C4", "C1", "C3", "C2", "C5")))
+TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C4", "C1", "C8", "C6", "C3", "C2", "C5")))
 
 
 # ---------- arms that train.py does not have
@@ -104,7 +105,92 @@ class Shuffled(Purrception):
         super().__init__(model, codebook[order], *settings)
 
 
-OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled}
+class Geometric(Purrception):
+    """Purrception whose head starts from the codebook: codes with near vectors start with near logits.
+
+        logit_k = h A phi_k,  phi_k = (e_k, e_k^2), standardised over the codebook,  A ~ N(0, 1/D), one for each place
+
+    The paper's head starts at zero, and has to learn the codebook's geometry from the codes it sees.
+    """
+
+    def __init__(self, model, codebook, *settings):
+        super().__init__(model, codebook, *settings)
+        E = self.codebook
+        phi = torch.cat([E, E.square()], 1)
+        phi = (phi - phi.mean(0)) / phi.std(0)             # [K,2d]
+        with torch.no_grad():
+            for W in model.final_layer.linear.weight.split(len(E)):                        # [K,D] for each place
+                A = torch.randn(phi.shape[1], W.shape[1], device=E.device)
+                W.copy_(phi @ A / W.shape[1] ** 0.5)
+
+
+OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled, "geometric": Geometric, "muon": Purrception}
+
+
+def orthogonal(X):
+    """Replace the singular values of a matrix by numbers about 1: five steps of Newton and Schulz, in float32."""
+    if len(X) > len(X.T):
+        return orthogonal(X.T).T
+    X = X / X.norm().clamp(min=1e-7)
+    for _ in range(5):
+        G = X @ X.T
+        X = 3.4445 * X + (-4.7750 * G + 2.0315 * G @ G) @ X
+    return X
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024), its steps as large as AdamW's (arXiv 2502.16982), so that one rate serves both.
+
+    torch.optim.Muon multiplies in bf16. A CPU without it is twenty times slower then.
+    """
+
+    def __init__(self, params, lr):
+        super().__init__(params, dict(lr=lr, weight_decay=0.01))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                momentum = state.setdefault("momentum", torch.zeros_like(p))
+                momentum.lerp_(p.grad, 0.05)
+                ahead = p.grad.lerp(momentum, 0.95)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(orthogonal(ahead), alpha=0.2 * max(p.shape) ** 0.5 * group["lr"])
+
+
+class MuonAndAdamW:
+    """Muon for the matrices of attention and MLP, train.py's optimizer for all else."""
+
+    def __init__(self, flow, lr):
+        matrices = [p for name, p in flow.model.blocks.named_parameters() if p.ndim == 2 and "adaLN" not in name]
+        for p in matrices:
+            p.requires_grad = False                        # so that the others are train.py's
+        self.parts = [ADAMW(flow, lr), Muon(matrices, lr)]
+        for p in matrices:
+            p.requires_grad = True
+
+    @property
+    def param_groups(self):
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state):
+        for i, part in enumerate(self.parts):
+            part.load_state_dict(state[str(i)])
+
+
+ADAMW = train.make_optimizer
 
 
 def rescaled(velocity, k):
@@ -161,6 +247,7 @@ def train_run(task):
                  steps=steps, global_batch_size=batch, ckpt_every=every, keep_every=every, sample_every=0,
                  log_every=20)
     words = [word for name, x in words.items() for word in (f"--{name.replace('_', '-')}", str(x))]
+    train.make_optimizer = MuonAndAdamW if run.objective == "muon" else ADAMW
     words += ["--bf16" if run.bf16 else "--no-bf16"] + ["--resume"] * run.folder.exists()
     try:
         with open(os.devnull, "w") as quiet, contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):

@@ -81,6 +81,47 @@ def test_the_shuffled_codebook_is_a_permutation_and_the_same_each_time():
     assert sorted(one.tolist()) == sorted(plain.tolist())
 
 
+def test_a_geometric_head_starts_with_logits_linear_in_the_code_vectors_and_their_squares():
+    f = build("geometric", std=0)
+    t = torch.rand(3)
+    _, y, z = point(f, t)
+    logits = f.model(z, t, y).flatten(0, 2).double()       # [n,K]
+    E = f.codebook.double()
+    basis = torch.cat([torch.ones(K, 1), E, E.square()], 1).double()
+    best = torch.linalg.lstsq(basis, logits.T).solution
+    assert logits.std() > 0.1
+    torch.testing.assert_close(basis @ best, logits.T, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
+def test_muon_is_torchs_but_in_float32(shape):
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+    mine = study.Muon([ours], 0.02)
+    torchs = torch.optim.Muon([theirs], 0.02, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        torchs.step()
+    torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)                            # it multiplies in bf16
+    assert (ours - 1).abs().mean() > 0.005
+
+
+def test_an_orthogonalized_matrix_has_singular_values_about_one():
+    values = torch.linalg.svdvals(study.orthogonal(torch.randn(16, 48) * 100))
+    assert 0.6 < values.min() and values.max() < 1.25
+
+
+def test_muon_takes_the_blocks_matrices_and_nothing_is_left_out():
+    f = build("muon")
+    opt = study.MuonAndAdamW(f, 1e-3)
+    adamw, muon = ({id(p) for group in part.param_groups for p in group["params"]} for part in opt.parts)
+    names = {name.rsplit(".", 1)[0].split(".", 2)[2] for name, p in f.model.named_parameters() if id(p) in muon}
+    assert names == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    assert not adamw & muon and adamw | muon == {id(p) for p in f.parameters() if p.requires_grad}
+
+
 @pytest.mark.parametrize("k", [0.5, 1.0, 3.0])
 def test_a_rescaled_velocity_is_that_of_gaussian_data_of_a_kth_of_the_variance(k):
     def gaussian(variance):
