@@ -37,6 +37,19 @@ class Purrception(nn.Module):
         self.label_dropout = label_dropout
         self.register_buffer("codebook", codebook.detach().float(), persistent=False)
 
+    @torch.no_grad()
+    def shape_head(self):
+        """Let codes with near vectors start with near logits. DiT's head starts at zero.
+
+        logit_k = h A phi_k,  phi_k = (e_k, e_k^2) standardised over codes,  A ~ N(0, 1/D)
+        """
+        E = self.codebook
+        phi = torch.cat([E, E.square()], 1)
+        phi = (phi - phi.mean(0)) / phi.std(0).clamp(min=1e-6)  # [K,2d]
+        for W in self.model.final_layer.linear.weight.split(len(E)):  # [K,D]
+            A = torch.randn(phi.shape[1], W.shape[1], device=E.device)
+            W.copy_(phi @ A / W.shape[1] ** 0.5)
+
     def prior(self, B, generator=None):
         """Draw z0 ~ N(0, I): [B,d,h,w], on the generator's or codebook's device."""
         side = self.model.input_size

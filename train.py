@@ -243,6 +243,8 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
     mine = slice(rank * share, (rank + 1) * share)
     torch.manual_seed(args.seed)
     flow = build(args, data.meta, vq.codebook, data.codes.shape[1]).to(device)
+    if args.geometric_head and not isinstance(flow, CFM):
+        flow.shape_head()
     average = copy.deepcopy(flow).requires_grad_(False)  # the same method on averaged weights
     opt = make_optimizer(flow, args.lr)
     start = ckpt["step"] if ckpt else 0
@@ -366,6 +368,8 @@ def flags():
     add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights")
     add("--ema-ramp", action=switch, default=False, help="limit the decay to (1 + step) / (10 + step)")
     add("--z-loss", type=real, default=1e-5, help="weight of the z-loss; regressions have none")
+    add("--geometric-head", action=switch, default=False,
+        help="start the head from the codebook: beyond the paper; regressions have none")
     add("--label-dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="seed of weights, data order and noise")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")

@@ -106,22 +106,11 @@ class Shuffled(Purrception):
 
 
 class Geometric(Purrception):
-    """Purrception whose head starts from the codebook: codes with near vectors start with near logits.
-
-        logit_k = h A phi_k,  phi_k = (e_k, e_k^2), standardised over the codebook,  A ~ N(0, 1/D), one for each place
-
-    The paper's head starts at zero, and has to learn the codebook's geometry from the codes it sees.
-    """
+    """Purrception whose head starts from the codebook, as by train.py --geometric-head."""
 
     def __init__(self, model, codebook, *settings):
         super().__init__(model, codebook, *settings)
-        E = self.codebook
-        phi = torch.cat([E, E.square()], 1)
-        phi = (phi - phi.mean(0)) / phi.std(0)             # [K,2d]
-        with torch.no_grad():
-            for W in model.final_layer.linear.weight.split(len(E)):                        # [K,D] for each place
-                A = torch.randn(phi.shape[1], W.shape[1], device=E.device)
-                W.copy_(phi @ A / W.shape[1] ** 0.5)
+        self.shape_head()
 
 
 OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled, "geometric": Geometric, "muon": Purrception}

@@ -99,6 +99,42 @@ def plain_loss(logits, target, z_weight):
     return ce + z, ce, z
 
 
+# ------------------------------------------------------------------------ the head from the codebook
+
+def test_a_shaped_head_starts_with_logits_linear_in_the_code_vectors_and_their_squares():
+    f = method()
+    before = f.model.final_layer.linear.weight.clone()
+    f.shape_head()
+    weight = f.model.final_layer.linear.weight
+    assert weight.requires_grad and not weight.equal(before)
+    E = f.codebook
+    basis = torch.cat([E, E.square()], 1)
+    basis = (basis - basis.mean(0)) / basis.std(0)
+    places = [W.T for W in weight.split(K)]
+    for W in places:                                       # no more than phi_k, and a mean of zero over the codes
+        A = torch.linalg.lstsq(basis.double(), W.T.double()).solution
+        torch.testing.assert_close(basis.double() @ A, W.T.double(), atol=1e-5, rtol=0)
+        assert W.mean(1).abs().max() < 1e-5
+    assert not places[0].equal(places[1])
+
+
+def test_equal_codes_start_with_equal_finite_logits():
+    f = method()
+    f.codebook.fill_(0.3)
+    f.shape_head()
+    for W in f.model.final_layer.linear.weight.split(K):
+        assert W.isfinite().all() and W.equal(W[:1].expand_as(W))
+
+
+def test_features_of_unit_size_start_with_logits_whose_variance_is_that_of_2d_unit_numbers():
+    torch.manual_seed(0)
+    net = DiT(input_size=2, patch_size=2, hidden_size=512, depth=1, num_heads=2, num_classes=2, in_channels=4, out_channels=3000)
+    f = Purrception(net, torch.randn(3000, 4))
+    f.shape_head()
+    logits = torch.randn(64, 512) @ net.final_layer.linear.weight.T
+    assert logits.var().item() == pytest.approx(8, rel=0.15)
+
+
 # ------------------------------------------------------------------------ linear_cross_entropy
 
 def head_inputs(rows, groups=1, D=6, K=9, dtype=torch.float64, scale=1.0):

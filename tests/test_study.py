@@ -81,18 +81,6 @@ def test_the_shuffled_codebook_is_a_permutation_and_the_same_each_time():
     assert sorted(one.tolist()) == sorted(plain.tolist())
 
 
-def test_a_geometric_head_starts_with_logits_linear_in_the_code_vectors_and_their_squares():
-    f = build("geometric", std=0)
-    t = torch.rand(3)
-    _, y, z = point(f, t)
-    logits = f.model(z, t, y).flatten(0, 2).double()       # [n,K]
-    E = f.codebook.double()
-    basis = torch.cat([torch.ones(K, 1), E, E.square()], 1).double()
-    best = torch.linalg.lstsq(basis, logits.T).solution
-    assert logits.std() > 0.1
-    torch.testing.assert_close(basis @ best, logits.T, atol=1e-4, rtol=0)
-
-
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (8, 8)])
 def test_muon_is_torchs_but_in_float32(shape):
     torch.manual_seed(0)

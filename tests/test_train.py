@@ -85,6 +85,23 @@ def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run):
     assert half[1] == whole[1]
 
 
+@pytest.mark.parametrize("objective", ["purrception", "dfm"])
+def test_a_geometric_head_starts_otherwise_is_recorded_and_is_not_drawn_anew(run, objective):
+    flags = "--geometric-head", "--objective", objective
+    half = run("half", "--steps", 3, *flags)
+    assert half[0]["args"]["geometric_head"]
+    assert half[1][0]["loss"] != run("plain", "--steps", 1, "--objective", objective)[1][0]["loss"]
+    resumed = run("half", "--steps", 6, "--resume")
+    whole = run("whole", "--steps", 6, *flags)
+    assert_same(resumed[0]["model"], whole[0]["model"])
+    assert resumed[1] == whole[1]
+
+
+def test_a_regression_has_no_head_to_shape(run):
+    ckpts = [run(name, "--steps", 2, "--objective", "cfm", *flags)[0] for name, flags in (("a", ()), ("b", ["--geometric-head"]))]
+    assert_same(ckpts[0]["model"], ckpts[1]["model"])
+
+
 def test_resuming_drops_log_lines_past_the_checkpoint(run):
     run("a", "--steps", 4)
     with open("runs/a/log.jsonl", "a") as f:
