@@ -101,6 +101,36 @@ def test_an_orthogonalized_matrix_has_singular_values_about_one():
     assert 0.6 < values.min() and values.max() < 1.25
 
 
+def test_bf16_products_are_those_of_pytorch_but_multiplied_in_float32():
+    torch.manual_seed(0)
+    a, b, bias = torch.randn(64, 300), torch.randn(300, 40), torch.randn(40)
+    low = [x.bfloat16() for x in (bias, a, b)]
+    plain = torch.mm(*low[1:]), torch.addmm(*low), torch.addmm(*low, alpha=-2)
+    out = torch.empty(64, 40, dtype=torch.bfloat16)
+    with study.Bf16Products():
+        ours = torch.mm(*low[1:]), torch.addmm(*low), torch.addmm(*low, alpha=-2, out=out)
+        assert ours[2] is out and a.mm(b).dtype == torch.float32
+    for one, other in zip(ours, plain):
+        torch.testing.assert_close(one, other, atol=0.02, rtol=2 ** -7)                    # one rounding
+    assert ours[0].equal((low[1].float() @ low[2].float()).bfloat16())
+
+
+def test_a_training_step_in_bf16_is_the_same_with_its_products_in_float32():
+    def step():
+        torch.manual_seed(0)
+        f = build("purrception")
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = f(torch.arange(256).view(4, 8, 8) % K, torch.arange(4), torch.Generator().manual_seed(0))
+        loss.backward()
+        return loss, f.model.final_layer.linear.weight.grad
+
+    plain = step()
+    with study.Bf16Products():
+        ours = step()
+    for one, other in zip(ours, plain):
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-2)
+
+
 def test_muon_takes_the_blocks_matrices_and_nothing_is_left_out():
     f = build("muon")
     opt = study.MuonAndAdamW(f, 1e-3)
