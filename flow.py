@@ -69,12 +69,15 @@ class Purrception(nn.Module):
 
     # ---------- training
 
-    def noise(self, B, generator=None):
+    def noise(self, B, generator=None, logit_normal=False):
         """Draw what a training step needs: t ~ U(0, 1) [B], z0, and which labels to drop [B].
 
+        Beyond the paper: with logit_normal, logit(t) ~ N(0, 1) (arXiv 2403.03206).
         The authors' release has t > 0.001 and drops no labels: its null class stays untrained.
         """
         t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
+        if logit_normal:
+            t = torch.sigmoid(torch.special.ndtri(t))  # the same quantile
         return t, self.prior(B, generator), drop < self.label_dropout
 
     def forward(self, codes: Tensor, y: Tensor, generator=None, noise=None) -> tuple[Tensor, dict]:

@@ -267,7 +267,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
     for step in range(start, args.steps):
         done = step + 1
         tick = time.perf_counter()
-        noise = [x[mine] for x in flow.noise(B, seeded(device, args.seed, step))]
+        noise = [x[mine] for x in flow.noise(B, seeded(device, args.seed, step), args.logit_normal)]
         stats = 0  # means over the batch: loss, parts, whether to stop
         for i in range(0, share, b):
             some = slice(i, i + b)
@@ -286,7 +286,9 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         if not math.isfinite(means[0] + grad_norm):
             raise InputError(f"step {done}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
                              "the last checkpoint with --resume and a smaller --lr")
-        lr = args.lr * min(1, done / max(1, args.warmup))
+        rise = done / max(1, args.warmup)
+        fall = (args.steps - step) / max(1, args.cooldown * args.steps)
+        lr = args.lr * min(1, rise, fall)
         for group in opt.param_groups:  # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
@@ -363,6 +365,8 @@ def flags():
     add("--accumulate", type=count, default=1, help="micro-batches per process and step")
     add("--lr", type=positive, default=1e-4, help="learning rate of AdamW")
     add("--warmup", type=whole, default=0, help="steps over which the learning rate rises")
+    add("--cooldown", type=share, default=0.0,
+        help="share of the steps, the last ones, over which it falls to 0: beyond the paper")
     add("--weight-decay", type=real, default=0.01, help="weight decay of AdamW")
     add("--grad-clip", type=positive, default=1.0, help="norm to which gradients are clipped")
     add("--ema-decay", type=share, default=0.9999, help="decay of the averaged weights")
@@ -370,6 +374,8 @@ def flags():
     add("--z-loss", type=real, default=1e-5, help="weight of the z-loss; regressions have none")
     add("--geometric-head", action=switch, default=False,
         help="start the head from the codebook: beyond the paper; regressions have none")
+    add("--logit-normal", action=switch, default=False,
+        help="draw t with logit(t) ~ N(0, 1), not uniformly: beyond the paper")
     add("--label-dropout", type=share, default=0.1, help="share of labels dropped, for guidance")
     add("--seed", type=number(int, 0, 2 ** 63), default=0, help="seed of weights, data order and noise")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")

@@ -50,7 +50,7 @@ aten = torch.ops.aten
 FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
             images=256, grids=500)
 QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3,), images=128, grids=100)
-ARMS = "cfm", "endpoint", "purrception", "geometric", "muon", "likelihood", "dfm"
+ARMS = "cfm", "endpoint", "purrception", "geometric", "logit-normal", "muon", "likelihood", "dfm"
 TAUS = 0.3, 0.5, 0.7, 0.9, 1.0, 1.2
 RESCALINGS = 0.8, 1.0, 1.2, 1.5, 2.0                       # k of rescaled()
 VARIANCE = 1.47, 1.34, 0.34, 0.04                          # of the cats' code vectors, by channel
@@ -59,10 +59,11 @@ SAME_PATH = ARMS[:-1]                                      # z_t means the same:
 PAIRS = (("purrception", "cfm"), ("purrception", "endpoint"), ("purrception", "dfm"), ("endpoint", "cfm"),
          ("cfm", "purrception"), ("endpoint", "purrception"), ("dfm", "purrception"),
          ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled"),
-         ("geometric", "purrception"), ("geometric", "cfm"), ("cfm", "geometric"), ("muon", "purrception"))
+         ("geometric", "purrception"), ("geometric", "cfm"), ("cfm", "geometric"), ("logit-normal", "purrception"),
+         ("logit-normal", "cfm"), ("logit-normal", "geometric"), ("muon", "purrception"))
 DRIFT = 4, 16                                              # times the best learning rate, where logits can drift
 UNWEIGHTED = 1e-12     # a z-loss too light to move a weight, by which the log still tells the size of logsumexp
-TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C4", "C1", "C8", "C6", "C3", "C2", "C5")))
+TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C4", "C1", "C8", "C9", "C6", "C3", "C2", "C5")))
 
 
 # ---------- arms that train.py does not have
@@ -116,7 +117,8 @@ class Geometric(Purrception):
         self.shape_head()
 
 
-OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled, "geometric": Geometric, "muon": Purrception}
+OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled, "geometric": Geometric, "logit-normal": Geometric,
+               "muon": Purrception}
 
 
 def orthogonal(X):
@@ -256,10 +258,11 @@ def train_run(task):
     """Train a run, or go on with it, as train.py does; then drop the optimizer from its checkpoints."""
     run, steps, every, batch = task
     words = dict(data=HERE, name=run.folder.name, objective=run.objective, lr=run.lr, seed=run.seed, z_loss=run.z_loss,
-                 steps=steps, global_batch_size=batch, ckpt_every=every, keep_every=every, sample_every=0,
-                 log_every=20)
+                 steps=steps, global_batch_size=batch, warmup=100, cooldown=0, ema_decay=0.998, ckpt_every=every,
+                 keep_every=every, sample_every=0, log_every=20)
     words = [word for name, x in words.items() for word in (f"--{name.replace('_', '-')}", str(x))]
     train.make_optimizer = MuonAndAdamW if run.objective == "muon" else ADAMW
+    words += ["--logit-normal" if run.objective == "logit-normal" else "--no-logit-normal", "--no-geometric-head"]
     words += ["--bf16" if run.bf16 else "--no-bf16"] + ["--resume"] * run.folder.exists()
     try:
         with contextlib.ExitStack() as stack:
@@ -560,7 +563,7 @@ def race(curves, marks):
 
 def heat(study, runs, pyplot):
     """Draw distance, and recall against precision, by temperature; make a sheet of one noise at each tau."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     rows = []
     names = "distance", "precision", "recall", "spread"
     for arm in ARMS:
@@ -573,7 +576,7 @@ def heat(study, runs, pyplot):
     panels[0].set(xlabel="tau; regressions: 1/k", ylabel="Fréchet distance, judge")
     log_scale(panels[0])
     panels[1].set(xlabel="precision", ylabel="recall")
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig("temperature.png", dpi=100)
     flow, vq, *_ = load_run(runs["purrception"][0].checkpoint(study.set.steps), study.device)
     with torch.inference_mode():

@@ -443,6 +443,16 @@ def test_forward_draws_its_noise_by_noise_or_takes_what_it_is_given():
     assert drawn.equal(expected) and given.equal(expected)
 
 
+def test_logit_normal_times_have_that_mean_and_spread_and_leave_the_rest_alone():
+    f, B = method(), 4000
+    plain = f.noise(B, torch.Generator().manual_seed(0))
+    t, z0, drop = f.noise(B, torch.Generator().manual_seed(0), logit_normal=True)
+    assert z0.equal(plain[1]) and drop.equal(plain[2])
+    expected = torch.distributions.Normal(0, 1).cdf(t.logit())
+    torch.testing.assert_close(expected, plain[0], atol=1e-5, rtol=0)                      # the same quantiles
+    assert abs(t.logit().mean()) < 0.05 and abs(t.logit().std() - 1) < 0.05
+
+
 def test_noise_that_is_given_may_be_of_any_grid():
     f = method()
     del f.model.input_size                                 # hidden() and the head are enough to train on

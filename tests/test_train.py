@@ -97,6 +97,16 @@ def test_a_geometric_head_starts_otherwise_is_recorded_and_is_not_drawn_anew(run
     assert resumed[1] == whole[1]
 
 
+def test_logit_normal_times_are_recorded_and_outlive_a_break(run):
+    half = run("half", "--steps", 3, "--logit-normal")
+    assert half[0]["args"]["logit_normal"]
+    assert half[1][2]["loss"] != run("plain", "--steps", 3)[1][2]["loss"]
+    resumed = run("half", "--steps", 6, "--resume")
+    whole = run("whole", "--steps", 6, "--logit-normal")
+    assert_same(resumed[0]["model"], whole[0]["model"])
+    assert resumed[1] == whole[1]
+
+
 def test_a_regression_has_no_head_to_shape(run):
     ckpts = [run(name, "--steps", 2, "--objective", "cfm", *flags)[0] for name, flags in (("a", ()), ("b", ["--geometric-head"]))]
     assert_same(ckpts[0]["model"], ckpts[1]["model"])
@@ -284,10 +294,10 @@ def test_half_of_the_images_of_a_batch_are_their_mirrored_twins_whatever_the_sli
     assert part.equal(got[10:20]) and part_y.equal(y[10:20])
 
 
-def test_the_learning_rate_rises_over_the_warmup_and_stays(run):
-    _, log = run("a", "--steps", 6, "--lr", 0.01, "--warmup", 4)
-    assert [record["lr"] for record in log] == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
-    _, log = run("b", "--steps", 2, "--lr", 0.01)
+def test_the_learning_rate_rises_over_the_warmup_and_falls_over_the_cooldown(run):
+    _, log = run("a", "--steps", 8, "--lr", 0.01, "--warmup", 2, "--cooldown", 0.5)
+    assert [record["lr"] for record in log] == pytest.approx([0.005, 0.01, 0.01, 0.01, 0.01, 0.0075, 0.005, 0.0025])
+    _, log = run("b", "--steps", 2, "--lr", 0.01)          # the paper's rate is constant
     assert [record["lr"] for record in log] == [0.01, 0.01]
 
 
