@@ -72,4 +72,4 @@ def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
     assert torch.equal(make.encode(vq, torch.from_numpy(images), torch.device("cpu")), torch.from_numpy(data.codes.astype(np.int64)))
     assert vq.decode(vq.encode(from_pixels(images))).isfinite().all()
     assert (np.load(tmp_path / "reference.npz")["arr_0"] == make.cats(5, make.HELD_OUT_SEED)[0]).all()
-    assert (tmp_path / "recipe.txt").read_text() == make.RECIPE
+    assert (tmp_path / "recipe.txt").read_text() == make.RECIPE == (make.HERE / "recipe.txt").read_text()
