@@ -112,6 +112,7 @@ class Shuffled(Purrception):
 OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled}
 OBJECTIVES |= dict.fromkeys(("geometric", "logit-normal", "muon"), Purrception)            # trained otherwise
 FLAGS = {"geometric": ["--geometric-head"], "logit-normal": ["--geometric-head", "--logit-normal"]}
+ADAMW = train.make_optimizer
 
 
 def orthogonal(X):
@@ -175,9 +176,6 @@ class MuonAndAdamW:
     def load_state_dict(self, state):
         for i, part in enumerate(self.parts):
             part.load_state_dict(state[str(i)])
-
-
-ADAMW = train.make_optimizer
 
 
 class Bf16Products(TorchDispatchMode):
@@ -247,16 +245,21 @@ class Run(NamedTuple):
         return np.array([(line["step"], line[key]) for line in lines]).T
 
 
-def train_run(task):
-    """Train a run, or go on with it, as train.py does; then drop the optimizer from its checkpoints."""
-    run, steps, every, batch = task
+def flags_of(run, steps, every, batch):
+    """Return train.py's flags for a run; they override what the demo's recipe has beyond the paper."""
     words = dict(data=HERE, name=run.folder.name, objective=run.objective, lr=run.lr, seed=run.seed, z_loss=run.z_loss,
                  steps=steps, global_batch_size=batch, warmup=100, cooldown=0, ema_decay=0.998, ckpt_every=every,
                  keep_every=every, sample_every=0, log_every=20)
     words = [word for name, x in words.items() for word in (f"--{name.replace('_', '-')}", str(x))]
-    train.make_optimizer = MuonAndAdamW if run.objective == "muon" else ADAMW
     words += ["--no-geometric-head", "--no-logit-normal", *FLAGS.get(run.objective, [])]
-    words += ["--bf16" if run.bf16 else "--no-bf16"] + ["--resume"] * run.folder.exists()
+    return words + ["--bf16" if run.bf16 else "--no-bf16"]
+
+
+def train_run(task):
+    """Train a run, or go on with it, as train.py does; then drop the optimizer from its checkpoints."""
+    run, steps, every, batch = task
+    words = flags_of(run, steps, every, batch) + ["--resume"] * run.folder.exists()
+    train.make_optimizer = MuonAndAdamW if run.objective == "muon" else ADAMW
     try:
         with contextlib.ExitStack() as stack:
             quiet = stack.enter_context(open(os.devnull, "w"))

@@ -274,9 +274,7 @@ def test_a_killed_run_is_finished(small, killed):
     whole = torch.load(run.checkpoint(4))
     if killed == "between two":                            # ckpt.pt is then that of step 2
         shutil.rmtree(run.folder)
-        train.main(["--data", str(study.HERE), "--name", run.folder.name, "--objective", "cfm", "--lr", "0.001", "--seed", "0",
-                    "--steps", "2", "--global-batch-size", "4", "--ckpt-every", "2", "--keep-every", "2", "--no-bf16",
-                    "--no-logit-normal", "--cooldown", "0"])
+        train.main(study.flags_of(run, steps=2, every=2, batch=4))
     else:
         run.checkpoint(4).unlink()
     small().train([run])

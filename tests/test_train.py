@@ -85,24 +85,17 @@ def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run):
     assert half[1] == whole[1]
 
 
-@pytest.mark.parametrize("objective", ["purrception", "dfm"])
-def test_a_geometric_head_starts_otherwise_is_recorded_and_is_not_drawn_anew(run, objective):
-    flags = "--geometric-head", "--objective", objective
+@pytest.mark.parametrize("flag, objective, differs", [("geometric-head", "purrception", 1), ("geometric-head", "dfm", 1),
+                                                      ("logit-normal", "purrception", 3)])
+def test_a_flag_beyond_the_paper_acts_is_recorded_and_outlives_a_break(run, flag, objective, differs):
+    """The losses differ from step `differs` on: at first a head of zeros has the same loss at every t."""
+    flags = f"--{flag}", "--objective", objective
     half = run("half", "--steps", 3, *flags)
-    assert half[0]["args"]["geometric_head"]
-    assert half[1][0]["loss"] != run("plain", "--steps", 1, "--objective", objective)[1][0]["loss"]
+    assert half[0]["args"][flag.replace("-", "_")]
+    plain = run("plain", "--steps", differs, "--objective", objective)
+    assert half[1][differs - 1]["loss"] != plain[1][-1]["loss"]
     resumed = run("half", "--steps", 6, "--resume")
     whole = run("whole", "--steps", 6, *flags)
-    assert_same(resumed[0]["model"], whole[0]["model"])
-    assert resumed[1] == whole[1]
-
-
-def test_logit_normal_times_are_recorded_and_outlive_a_break(run):
-    half = run("half", "--steps", 3, "--logit-normal")
-    assert half[0]["args"]["logit_normal"]
-    assert half[1][2]["loss"] != run("plain", "--steps", 3)[1][2]["loss"]
-    resumed = run("half", "--steps", 6, "--resume")
-    whole = run("whole", "--steps", 6, "--logit-normal")
     assert_same(resumed[0]["model"], whole[0]["model"])
     assert resumed[1] == whole[1]
 
