@@ -4,7 +4,7 @@
     posterior   pi  = softmax(logits(z_t, t, y) / tau)                          (Eq. 12, 15)
     mean        mu  = sum_k pi_k e_k
     velocity    v   = (mu - z_t) / (1 - t)                                      (Eq. 13)
-    loss        -log pi_c + z_loss (log sum_k exp logit_k)^2,  z_loss = 1e-5    (Eq. 14, Sec. 3.3)
+    loss        -log pi_c + 1e-5 (log sum_k exp logit_k)^2,  with tau = 1       (Eq. 14, Sec. 3.3)
     sampling    for s = 0..T-1: t = s/T, z <- z + v/T; then the nearest code    (Appendix B)
     guidance    logits = u + cfg (c - u),  c with the class, u without
 
@@ -210,7 +210,7 @@ class Purrception(nn.Module):
 
 
 def bend(t, after):
-    """Weigh the slope of mu in a step of order 2 from t to `after` (as DEIS, arXiv 2204.13902).
+    """Return the weight w of mu's slope in a step from t to `after` (as DEIS, arXiv 2204.13902).
 
     For mu + slope (u - t), dz/du = (mu - z) / (1 - u) is solved by an Euler step along v + w slope.
     In the last step, w = 1 would overshoot, as mu comes to rest; half of it is best (measured).

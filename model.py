@@ -24,7 +24,7 @@ WIDTHS = {
 }
 SIZES = {f"DiT-{name}/{p}": dict(width, patch_size=p)
          for name, width in WIDTHS.items() for p in (1, 2, 4, 8)}
-SIZES["DiT-demo/2"] = dict(depth=6, hidden_size=192, num_heads=3, patch_size=2)
+SIZES["DiT-demo/2"] = dict(depth=4, hidden_size=128, num_heads=2, patch_size=2)
 
 
 def modulate(x, shift, scale):

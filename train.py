@@ -161,6 +161,13 @@ def make_optimizer(flow, lr):
     return torch.optim.AdamW(params, lr, eps=1e-6, fused=True)  # the authors' release: eps 1e-8
 
 
+def learning_rate(args, step):
+    """Let the rate rise over the warm-up and fall to 0 over the cooldown; both are linear."""
+    rise = (step + 1) / max(1, args.warmup)
+    fall = (args.steps - step) / max(1, args.cooldown * args.steps)
+    return args.lr * min(1, rise, fall)
+
+
 @torch.no_grad()
 def update_ema(ema, model, decay):
     """Update the averaged weights: ema <- decay ema + (1 - decay) model."""
@@ -286,14 +293,12 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         if not math.isfinite(means[0] + grad_norm):
             raise InputError(f"step {done}: loss {means[0]}, gradient norm {grad_norm:.3g}; go on from "
                              "the last checkpoint with --resume and a smaller --lr")
-        rise = done / max(1, args.warmup)
-        fall = (args.steps - step) / max(1, args.cooldown * args.steps)
-        lr = args.lr * min(1, rise, fall)
+        lr = learning_rate(args, step)
         for group in opt.param_groups:  # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
         opt.zero_grad()
-        ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
+        ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0  # 1: no limit
         update_ema(average.model, flow.model, min(args.ema_decay, ramp))
         bar.update()
         seen += B

@@ -34,7 +34,7 @@ from vq import VQ, from_pixels, nearest_code, replacing  # noqa: E402
 CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_embed=1024, embed_dim=4, num_groups=8)
 RECIPE = """\
 --model DiT-demo/2
---steps 1000
+--steps 1300
 --global-batch-size 64
 --lr 0.004
 --warmup 100
@@ -44,8 +44,8 @@ RECIPE = """\
 --ema-decay 0.998
 --ema-ramp
 --log-every 50
---ckpt-every 250
---sample-every 250
+--ckpt-every 325
+--sample-every 325
 """
 TRAIN_SEED, HELD_OUT_SEED = 0, 1
 

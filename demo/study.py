@@ -47,23 +47,30 @@ from vq import (InputError, decode_pixels, from_pixels, load_vq, read_checkpoint
 
 aten = torch.ops.aten
 
-FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
+FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(2e-3, 4e-3, 8e-3, 16e-3),
             images=256, grids=500)
 QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3,), images=128, grids=100)
-ARMS = "cfm", "endpoint", "purrception", "geometric", "logit-normal", "muon", "likelihood", "dfm"
+ARMS = ("cfm", "cfm-logit-normal", "endpoint", "purrception", "geometric", "geometric-logit-normal", "muon",
+        "likelihood", "dfm")
 TAUS = 0.3, 0.5, 0.7, 0.9, 1.0, 1.2
 RESCALINGS = 0.8, 1.0, 1.2, 1.5, 2.0                       # k of rescaled()
 VARIANCE = 1.47, 1.34, 0.34, 0.04                          # of the cats' code vectors, by channel
 TIMES = 0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99
-SAME_PATH = ARMS[:-1]                                      # z_t means the same: rmse and ce can be compared
-PAIRS = (("purrception", "cfm"), ("purrception", "endpoint"), ("purrception", "dfm"), ("endpoint", "cfm"),
-         ("cfm", "purrception"), ("endpoint", "purrception"), ("dfm", "purrception"),
-         ("likelihood", "purrception"), ("purrception", "likelihood"), ("purrception", "shuffled"),
-         ("geometric", "purrception"), ("geometric", "cfm"), ("cfm", "geometric"), ("logit-normal", "purrception"),
-         ("logit-normal", "cfm"), ("logit-normal", "geometric"), ("muon", "purrception"))
+SAME_PATH = tuple(arm for arm in ARMS if arm != "dfm")     # z_t means the same: rmse and ce can be compared
+RIVALS = {                                                 # arm: those whose final distance and rmse it may reach
+    "purrception": ("cfm", "endpoint", "dfm", "likelihood", "shuffled"),
+    "cfm": ("purrception", "geometric"),
+    "endpoint": ("purrception", "cfm"),
+    "dfm": ("purrception",),
+    "likelihood": ("purrception",),
+    "geometric": ("purrception", "cfm"),
+    "geometric-logit-normal": ("purrception", "geometric", "cfm", "cfm-logit-normal"),
+    "cfm-logit-normal": ("cfm", "geometric-logit-normal"),
+    "muon": ("purrception",),
+}
 DRIFT = 4, 16                                              # times the best learning rate, where logits can drift
 UNWEIGHTED = 1e-12     # a z-loss too light to move a weight, by which the log still tells the size of logsumexp
-TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C4", "C1", "C8", "C9", "C6", "C3", "C2", "C5")))
+TINT = dict(zip((*ARMS, "shuffled"), ("C0", "C7", "C4", "C1", "C8", "C9", "C6", "C3", "C2", "C5")))
 
 
 # ---------- arms that train.py does not have
@@ -110,8 +117,13 @@ class Shuffled(Purrception):
 
 
 OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled}
-OBJECTIVES |= dict.fromkeys(("geometric", "logit-normal", "muon"), Purrception)            # trained otherwise
-FLAGS = {"geometric": ["--geometric-head"], "logit-normal": ["--geometric-head", "--logit-normal"]}
+OBJECTIVES |= dict.fromkeys(("geometric", "geometric-logit-normal", "muon"), Purrception)  # trained otherwise
+OBJECTIVES |= {"cfm-logit-normal": CFM}
+FLAGS = {
+    "geometric": ["--geometric-head"],
+    "geometric-logit-normal": ["--geometric-head", "--logit-normal"],
+    "cfm-logit-normal": ["--logit-normal"],
+}
 ADAMW = train.make_optimizer
 
 
@@ -288,7 +300,7 @@ def train_run(task):
 # ---------- what is measured
 
 @functools.cache
-def yardstick(device):
+def references(device):
     """Load the judge and what it sees in real cats, the tokenizer, and the codes [500,h,w] of the held-out cats."""
     eye, vq = judge.load_judge(device), load_vq(HERE / "tokenizer.pt", device)
     pixels = np.load(HERE / "reference.npz")["arr_0"]
@@ -311,7 +323,7 @@ def measure(task):
 
 def measure_samples(flow, device, images, knob, seed):
     """Judge samples at a tau or, of a regression, with its velocity rescaled by k: 10 calls of order 2, for DFM 50."""
-    eye, real, vq, _ = yardstick(device)
+    eye, real, vq, _ = references(device)
     settings = dict(steps=50) if isinstance(flow, DFM) else dict(steps=10, order=2)
     if isinstance(flow, CFM):
         flow.velocity = rescaled(flow.velocity, knob)
@@ -327,7 +339,7 @@ def measure_denoising(flow, device, grids):
     Return lists over TIMES: rmse; ce, nats per position; bins, the number of positions, the sum of confidences max_k pi_k
     and the number of hits in ten equal bins of confidence. What DFM sees unmasked, it knows.
     """
-    _, _, _, codes = yardstick(device)
+    _, _, _, codes = references(device)
     codes = codes[:grids]
     coats = torch.arange(len(codes), device=device) % flow.model.num_classes
     found = dict(rmse=[], ce=[], bins=[])
@@ -427,7 +439,7 @@ class Study:
 
     def floor(self):
         """Return the distance of other real cats to real cats: no method can be expected below."""
-        eye, real, vq, _ = yardstick(self.device)
+        eye, real, vq, _ = references(self.device)
         coats = np.arange(self.set.images) % len(judge.COATS)
         return judge.figures(judge.yardstick(eye, vq, coats, self.device), coats, real)["distance"]
 
@@ -435,7 +447,7 @@ class Study:
 # ---------- the questions
 
 def knobs_of(arm):
-    """Return an arm's own temperature, sample.py's default, and all that are tried."""
+    """Return an arm's default temperature, which is sample.py's, and all temperatures tried."""
     if issubclass(OBJECTIVES[arm], CFM):
         return 1.0, RESCALINGS
     return TAU.get(arm, TAU["purrception"]), TAUS
@@ -551,9 +563,10 @@ def converge(study, runs, pyplot):
 def race(curves, marks):
     """Tell after which share of its steps an arm reaches the other's mean end, by each of three measures."""
     rows = []
-    for one, other in PAIRS:
-        found = [shares(marks, curve, end[:, -1].mean()) for curve, end in zip(curves[one], curves[other])]
-        rows.append([f"{one} reaches {other}'s end", *found, *["-"] * (3 - len(found))])
+    for one, others in RIVALS.items():
+        for other in others:
+            found = [shares(marks, curve, end[:, -1].mean()) for curve, end in zip(curves[one], curves[other])]
+            rows.append([f"{one} reaches {other}'s end", *found, *["-"] * (3 - len(found))])
     return table(["share of the steps after which", "distance, default", "distance, best", "rmse"], rows)
 
 

@@ -165,7 +165,7 @@ def test_the_variance_is_that_of_the_cats_code_vectors():
 @pytest.fixture
 def grids(monkeypatch):
     codes = torch.randint(K, (20, 8, 8), generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr(study, "yardstick", lambda device: (None, None, None, codes))
+    monkeypatch.setattr(study, "references", lambda device: (None, None, None, codes))
     return codes
 
 
