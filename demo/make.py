@@ -44,8 +44,8 @@ RECIPE = """\
 --ema-decay 0.998
 --ema-ramp
 --log-every 50
---ckpt-every 325
---sample-every 325
+--ckpt-every 650
+--sample-every 650
 """
 TRAIN_SEED, HELD_OUT_SEED = 0, 1
 
