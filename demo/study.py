@@ -1,8 +1,8 @@
 """Measure the paper's claims at small scale: Purrception, its baselines and variants, on the demo's cats.
 
     pip install -r demo/requirements.txt       # matplotlib, for the figures
-    python demo/study.py                       # about 85 minutes on 2 CPU cores, 2 GB in study/
-    python demo/study.py --quick               # one seed, one learning rate, short runs
+    python demo/study.py                       # about 90 minutes on 2 CPU cores, 2 GB in study/
+    python demo/study.py --quick               # seven minutes: one seed, one learning rate, short runs
 
 The arms share the network but for its ends, the batch and the number of steps. Each has the best of four learning
 rates, by the judge's distance at seed 0; the shuffled codebook takes Purrception's. There are two measures:
