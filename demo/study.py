@@ -116,9 +116,14 @@ class Shuffled(Purrception):
         super().__init__(model, codebook[order], *settings)
 
 
-OBJECTIVES |= {"likelihood": Likelihood, "shuffled": Shuffled}
-OBJECTIVES |= dict.fromkeys(("geometric", "geometric-logit-normal", "muon"), Purrception)  # trained otherwise
-OBJECTIVES |= {"cfm-logit-normal": CFM}
+OBJECTIVES |= {
+    "likelihood": Likelihood,
+    "shuffled": Shuffled,
+    "geometric": Purrception,                              # this and the next three are trained otherwise
+    "geometric-logit-normal": Purrception,
+    "cfm-logit-normal": CFM,
+    "muon": Purrception,
+}
 FLAGS = {
     "geometric": ["--geometric-head"],
     "geometric-logit-normal": ["--geometric-head", "--logit-normal"],
@@ -643,16 +648,16 @@ def weigh_z_loss(study, runs, pyplot):
                                       for seed in study.set.seeds[:seeds]]
               for scale, seeds in DRIFT.items() for bf16 in (False, True) for weight in (1e-5, UNWEIGHTED)}
     study.train(run for group in groups.values() for run in group)
-    figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
-    panels = dict(zip(DRIFT, panels))
+    figure, both = pyplot.subplots(1, 2, figsize=(9, 3.8), layout="constrained", sharey=True)
+    panels = dict(zip(DRIFT, both))
     rows = []
     for (scale, bf16, weight), group in groups.items():
         kind = "bf16" if bf16 else "float32"
         style = dict(ls=":" if weight == UNWEIGHTED else "-", color="C1" if bf16 else "C0")
-        sizes = [np.sqrt(run.log("z")[1] / weight) for run in group]
-        for run, size in zip(group, sizes):
-            label = f"{kind}, {weight:g}" if run is group[0] else None
-            panels[scale].plot(run.log("z")[0], size, label=label, **style)
+        logs = [run.log("z") for run in group]             # steps and z-loss
+        sizes = [np.sqrt(z / weight) for _, z in logs]
+        for i, (steps, _) in enumerate(logs):
+            panels[scale].plot(steps, sizes[i], label=None if i else f"{kind}, {weight:g}", **style)
         ends = [size[-1] for size in sizes]
         tops = [size.max() for size in sizes]
         ce = [run.log("ce")[1][-5:].mean() for run in group]
@@ -661,8 +666,8 @@ def weigh_z_loss(study, runs, pyplot):
                      shown(distances)])
     for scale, axes in panels.items():
         axes.set(title=f"{scale} times the best rate", xlabel="training steps")
-    panels[min(DRIFT)].set_ylabel("root mean square of logsumexp")
-    panels[min(DRIFT)].legend()
+    both[0].set_ylabel("root mean square of logsumexp")
+    both[0].legend()
     figure.savefig("logsumexp.png", dpi=100)
     head = "rate", "type", "z-loss", "seeds", "logsumexp, end", "largest", "ce, end", "distance, tau 0.9"
     return table(head, rows)
