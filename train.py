@@ -242,11 +242,28 @@ def append_line(path, line):
 
 # ---------- the loop
 
+def backward(ddp, codes, y, noise, args, world):
+    """Compute the gradients of a process's images, in micro-batches, and average them over processes.
+
+    Returns the names of the loss and its parts, and their means over the process's images, a tensor.
+    """
+    b = len(codes) // args.accumulate
+    means = 0
+    for i in range(0, len(codes), b):
+        some = slice(i, i + b)
+        accumulating = world > 1 and i + b < len(codes)  # synchronise processes once a step
+        with ddp.no_sync() if accumulating else contextlib.nullcontext():
+            with torch.autocast(codes.device.type, torch.bfloat16, enabled=args.bf16):
+                loss, parts = ddp(codes[some], y[some], noise=[x[some] for x in noise])
+            (loss / args.accumulate).backward()
+        means = means + torch.stack([loss.detach(), *parts.values()]).float() / args.accumulate
+    return ("loss", *parts), means
+
+
 def train(args, data, vq, ckpt, run, rank, world, device, bar):
     """Train from the checkpoint ckpt, or None, until args.steps or a signal. Returns the steps done."""
     B = args.global_batch_size
     share = B // world  # images per process
-    b = share // args.accumulate
     mine = slice(rank * share, (rank + 1) * share)
     torch.manual_seed(args.seed)
     flow = build(args, data.meta, vq.codebook, data.codes.shape[1]).to(device)
@@ -258,7 +275,6 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
     if ckpt:
         pairs = (flow.model, ckpt["model"]), (average.model, ckpt["ema"]), (opt, ckpt["opt"])
         load_weights(run / "ckpt.pt", *pairs)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
     if args.compile:
         compile_blocks(flow.model)
     ddp = flow if world == 1 else DistributedDataParallel(
@@ -275,16 +291,8 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         done = step + 1
         tick = time.perf_counter()
         noise = [x[mine] for x in flow.noise(B, seeded(device, args.seed, step), args.logit_normal)]
-        stats = 0  # means over the batch: loss, parts, whether to stop
-        for i in range(0, share, b):
-            some = slice(i, i + b)
-            accumulating = world > 1 and i + b < share  # synchronise processes once a step
-            with ddp.no_sync() if accumulating else contextlib.nullcontext():
-                with autocast:
-                    loss, parts = ddp(codes[some], y[some], noise=[x[some] for x in noise])
-                (loss / args.accumulate).backward()
-            means = torch.stack([loss.detach(), *parts.values(), torch.full_like(loss, bool(stop))])
-            stats = stats + means.float() / (args.accumulate * world)
+        names, means = backward(ddp, codes, y, noise, args, world)
+        stats = torch.cat([means, torch.full_like(means[:1], bool(stop))]) / world
         if world > 1:
             dist.all_reduce(stats)
         grad_norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), args.grad_clip)
@@ -304,7 +312,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
         seen += B
         seconds += time.perf_counter() - tick  # without pictures and checkpoints
         if rank == 0 and (done == 1 or done % args.log_every == 0):
-            record = dict(zip(("loss", *parts), means), grad_norm=grad_norm.item(), lr=lr)
+            record = dict(zip(names, means), grad_norm=grad_norm.item(), lr=lr)
             record = {"step": done, **record, "images_per_second": seen / seconds}
             append_line(run / "log.jsonl", json.dumps(record))
             bar.set_postfix(loss=f"{means[0]:.3f}", images=f"{seen / seconds:.0f}/s", refresh=False)

@@ -49,7 +49,7 @@ aten = torch.ops.aten
 
 FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(2e-3, 4e-3, 8e-3, 16e-3),
             images=256, grids=500)
-QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(2e-3,), images=128, grids=100)
+QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(4e-3,), images=128, grids=100)
 ARMS = ("cfm", "cfm-logit-normal", "endpoint", "purrception", "geometric", "geometric-logit-normal", "muon",
         "likelihood", "dfm")
 TAUS = 0.3, 0.5, 0.7, 0.9, 1.0, 1.2
