@@ -17,7 +17,7 @@ The network sees what it was taught, coat, pose and colours, and overlooks damag
 256 real cats are at a distance of 1.9 and a precision of 0.90, and with a tenth of their codes drawn at random
 still at 2.8 and 0.82.
 
-    python demo/judge.py                  # train: ten minutes of CPU time; writes demo/judge.pt
+    python demo/judge.py                  # train: four minutes on 2 CPU cores; writes demo/judge.pt
     python demo/judge.py samples          # judge a folder that sample.py has made
 
 References: Fréchet distance (arXiv 1706.08500); precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
@@ -40,6 +40,7 @@ from make import HELD_OUT_SEED, HERE, TRAIN_SEED, MuonAndAdamW, encode
 
 sys.path.insert(0, str(HERE.parent))
 from fid import frechet_distance, read_image, statistics  # noqa: E402
+from train import number  # noqa: E402
 from vq import InputError, decode_pixels, from_pixels, load_vq, read_checkpoint, read_json, replacing, start_process  # noqa: E402
 
 WEIGHTS = HERE / "judge.pt"
@@ -115,7 +116,7 @@ def train_judge(pixels, coats, numbers, epochs, batch_size, lr, device):
     judge.mean.copy_(numbers.mean(0))
     judge.std.copy_(numbers.std(0))
     target = (numbers - numbers.mean(0)) / numbers.std(0)
-    steps = len(x) // batch_size
+    steps = max(1, len(x) // batch_size)
     opt = MuonAndAdamW(judge, lr, epochs * steps)
     bar = trange(epochs, desc="judge", unit=" epochs", disable=None)
     for epoch in bar:
@@ -199,11 +200,11 @@ def read_samples(folder):
     if not note.exists():
         raise InputError(f"{folder}: no {note.name} beside it; give a folder that sample.py has made")
     record = read_json(note)
-    if not {"classes", "num_samples"} <= record.keys():
+    classes, count = record.get("classes"), record.get("num_samples")
+    if not isinstance(classes, list) or not classes or not all(isinstance(x, int) for x in (*classes, count)):
         raise InputError(f"{note}: has no classes and num_samples; give a folder that sample.py has made")
-    classes, count = record["classes"], record["num_samples"]
-    if max(classes) >= len(COATS):
-        raise InputError(f"{note}: has class {max(classes)}; the judge knows {len(COATS)} coats only")
+    for unknown in {min(classes), max(classes)} - set(range(len(COATS))):
+        raise InputError(f"{note}: has class {unknown}; the judge knows {len(COATS)} coats only")
     if count < max(2 * len(classes), NEIGHBOURS + 1):
         raise InputError(f"{note}: has {count} pictures of {len(classes)} classes; make two of each")
     pictures = [read_image(folder / f"{i:06d}.png") for i in range(count)]
@@ -255,12 +256,13 @@ def train_and_test(args, device):
 
 def main():
     parser = argparse.ArgumentParser(description="Judge samples of the demo, or train the judge.")
-    parser.add_argument("samples", nargs="?", type=Path, help="folder made by sample.py; without: train")
-    parser.add_argument("--num-images", type=int, default=6000, help="cats to train on, of codes.npy")
-    parser.add_argument("--epochs", type=int, default=8, help="passes over the cats and their mirror images")
-    parser.add_argument("--batch-size", type=int, default=64, help="images a step")
-    parser.add_argument("--lr", type=float, default=2e-2, help="peak learning rate of Muon")
-    parser.add_argument("--num-held-out", type=int, default=2000, help="cats to test the judge on")
+    add = parser.add_argument
+    add("samples", nargs="?", type=Path, help="folder made by sample.py; without: train")
+    add("--num-images", type=number(int, 20), default=6000, help="cats to train on, of codes.npy")
+    add("--epochs", type=number(int, 1), default=8, help="passes over the cats and their mirror images")
+    add("--batch-size", type=number(int, 2), default=64, help="images a step")
+    add("--lr", type=number(float, 1e-12), default=2e-2, help="peak learning rate of Muon")
+    add("--num-held-out", type=number(int, 20), default=2000, help="cats to test the judge on")
     args = parser.parse_args()
     _, _, device = start_process()
     if args.samples:

@@ -41,7 +41,6 @@ RECIPE = """\
 --cooldown 0.9
 --geometric-head
 --logit-normal
---ema-decay 0.998
 --ema-ramp
 --log-every 50
 --ckpt-every 650

@@ -23,6 +23,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -198,7 +200,7 @@ class MuonAndAdamW:
 class Bf16Products(TorchDispatchMode):
     """Within it, bf16 matrices are multiplied in float32 and the result rounded, which is what hardware does.
 
-    On a CPU without bf16, PyTorch's own products take six times as long for the same result.
+    So every machine computes alike, and a CPU without bf16 is not six times slower.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -232,16 +234,13 @@ def rescaled(velocity, k):
 
 # ---------- runs
 
-FAST_BF16 = train.bf16_is_fast(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
 class Run(NamedTuple):
     """A training: what tells it from the others."""
     objective: str
     lr: float
     seed: int
     z_loss: float = 1e-5
-    bf16: bool = FAST_BF16
+    bf16: bool = False
 
     @property
     def folder(self):
@@ -263,12 +262,15 @@ class Run(NamedTuple):
 
 
 def flags_of(run, steps, every, batch):
-    """Return train.py's flags for a run; they override what the demo's recipe has beyond the paper."""
+    """Return train.py's flags for a run.
+
+    They override what the demo's recipe has beyond the paper, but for the ramp of the average: runs are short.
+    """
     words = dict(data=HERE, name=run.folder.name, objective=run.objective, lr=run.lr, seed=run.seed, z_loss=run.z_loss,
-                 steps=steps, global_batch_size=batch, warmup=100, cooldown=0, ema_decay=0.998, ckpt_every=every,
-                 keep_every=every, sample_every=0, log_every=20)
+                 steps=steps, global_batch_size=batch, warmup=100, cooldown=0, ckpt_every=every, keep_every=every,
+                 sample_every=0, log_every=20)
     words = [word for name, x in words.items() for word in (f"--{name.replace('_', '-')}", str(x))]
-    words += ["--no-geometric-head", "--no-logit-normal", *FLAGS.get(run.objective, [])]
+    words += ["--ema-ramp", "--no-geometric-head", "--no-logit-normal", *FLAGS.get(run.objective, [])]
     return words + ["--bf16" if run.bf16 else "--no-bf16"]
 
 
@@ -282,7 +284,7 @@ def train_run(task):
             quiet = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
             stack.enter_context(contextlib.redirect_stderr(quiet))
-            if run.bf16 and not FAST_BF16:
+            if run.bf16:
                 stack.enter_context(Bf16Products())
             train.main(words)
     except InputError as error:
@@ -341,16 +343,16 @@ def measure_samples(flow, device, images, knob, seed):
 def measure_denoising(flow, device, grids):
     """Compare mu and pi with the truth on held-out code grids, by TIMES.
 
-    Return lists over TIMES: rmse; ce, nats per position; bins, the number of positions, the sum of confidences max_k pi_k
-    and the number of hits in ten equal bins of confidence. What DFM sees unmasked, it knows.
+    Return lists over TIMES: rmse; ce, nats per position; tenths, the mean confidence max_k pi_k and the share of hits in
+    each tenth of the positions, the least confident first. What DFM sees unmasked, it knows.
     """
     _, _, _, codes = references(device)
     codes = codes[:grids]
     coats = torch.arange(len(codes), device=device) % flow.model.num_classes
-    found = dict(rmse=[], ce=[], bins=[])
+    found = dict(rmse=[], ce=[], tenths=[])
     for t in TIMES:
         generator = train.seeded("cpu", 0, round(1000 * t))
-        squared, ce, bins = 0.0, 0.0, torch.zeros(3, 10, device=device)
+        squared, ce, guesses = 0.0, 0.0, []
         for c, y in zip(codes.split(50), coats.split(50)):
             time = torch.full((len(c),), t, device=device)
             z = flow.path(flow.prior(len(c), generator).to(device), c, time)
@@ -367,15 +369,30 @@ def measure_denoising(flow, device, grids):
                     mu = torch.where(known[:, None], z1, mu)
                     p = p.masked_fill(known, 1.0)
                 ce -= p.clamp(min=1e-30).log().sum().item()
-                place = (10 * confidence).long().clamp(max=9).flatten()
-                for row, x in zip(bins, (torch.ones_like(p), confidence, guess == c)):
-                    row.index_add_(0, place, x.flatten().float())
+                guesses.append(torch.stack([confidence, guess == c]).flatten(1))           # [2,positions]
             squared += (mu - z1).square().sum().item()
         positions = codes.numel()
         found["rmse"].append((squared / positions / flow.codebook.shape[1]) ** 0.5)
         found["ce"].append(ce / positions)
-        found["bins"].append(bins.tolist())
+        if guesses:
+            found["tenths"].append(tenths(torch.cat(guesses, 1)))
     return found
+
+
+def tenths(guesses):
+    """Average confidences and hits [2,positions] over each tenth of the positions, by confidence: [2,10] lists."""
+    order = guesses[0].argsort(stable=True)
+    return torch.stack([some.mean(1) for some in guesses[:, order].tensor_split(10, 1)], 1).tolist()
+
+
+def start_worker():
+    """Compute with one thread, and end with the study, even if that is killed."""
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    torch.set_num_threads(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 class Study:
@@ -388,18 +405,19 @@ class Study:
         every = self.set.steps // self.set.checkpoints
         self.marks = range(every, self.set.steps + 1, every)
         kept = Path("settings.json")
-        text = json.dumps(settings)
+        sums = {name: zlib.crc32((HERE / name).read_bytes()) for name in ("recipe.txt", "tokenizer.pt", "judge.pt")}
+        text = json.dumps(settings | train.SIZES["DiT-demo/2"] | sums)
         if kept.exists() and read_json(kept) != json.loads(text):
             raise InputError(f"{kept.absolute()}: this folder holds a study with other settings; give another --out")
-        kept.write_text(text)
+        with replacing(kept) as file:
+            file.write(text.encode())
         self.file = Path("results.jsonl")
-        self.results = {}
-        lines = self.file.read_text().splitlines(True) if self.file.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]         # a killed process may have left half a line
-        self.file.write_text("".join(lines))
-        for line in lines:
-            key, result = json.loads(line)
-            self.results[json.dumps(key)] = result
+        whole, _, half = self.file.read_text().rpartition("\n") if self.file.exists() else ("", "", "")
+        if half:                                           # of a line, which a killed process has left
+            with replacing(self.file) as file:
+                file.write(f"{whole}\n".encode() if whole else b"")
+        pairs = map(json.loads, whole.splitlines())
+        self.results = {json.dumps(key): result for key, result in pairs}
 
     def spread(self, function, tasks):
         """Yield function(task) for all tasks, by processes of one thread each: faster than one of many threads."""
@@ -408,7 +426,7 @@ class Study:
 
     @functools.cached_property
     def pool(self):
-        return ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+        return ProcessPoolExecutor(self.workers, multiprocessing.get_context("spawn"), start_worker)
 
     def train(self, runs):
         """Train the runs that are missing."""
@@ -437,7 +455,7 @@ class Study:
         return np.reshape([one[name] if one else np.inf for one in found], (len(runs), len(knobs), len(steps)))
 
     def denoising(self, name, runs, step=None):
-        """Return rmse, ce or bins of runs: [runs,times,...]."""
+        """Return rmse, ce or tenths of runs: [runs,times,...]."""
         found = self.measured([(run, step or self.set.steps, None) for run in runs])
         whole = [one[name] for one in found if one]
         return np.array([one[name] if one else np.full_like(whole[0], np.nan) for one in found])
@@ -621,24 +639,21 @@ def denoise(study, runs, pyplot):
 
 def calibrate(study, runs, pyplot):
     """Draw how often the most likely code is right, by its probability."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharey=True)
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharex=True, sharey=True)
     rows = []
     for axes, arm in zip(panels, ("purrception", "likelihood")):
-        bins = study.denoising("bins", runs[arm])          # [seeds,times,3,10]
-        count, confidence, hits = np.moveaxis(bins, 2, 0)
-        errors = np.abs(confidence - hits).sum(2) / count.sum(2)                           # [seeds,times]
-        bias = (confidence - hits).sum(2) / count.sum(2)
-        rows.append([arm, *(f"{e:.3f} ({b:+.3f})" for e, b in zip(errors.mean(0), bias.mean(0)))])
-        for i in (1, 2, 3, 5):
-            n, c, h = (x[:, i].sum(0) for x in (count, confidence, hits))
-            some = n > 0.002 * n.sum()                     # a handful of positions tells nothing
-            axes.plot(c[some] / n[some], h[some] / n[some], ".-", label=f"t = {TIMES[i]}")
-        axes.plot([0, 1], [0, 1], ":", color="grey")
+        confidence, hits = np.moveaxis(study.denoising("tenths", runs[arm]), 2, 0)          # [seeds,times,10] each
+        rows.append([f"{arm}, probability", *(shown(x, 3) for x in confidence.mean(2).T)])
+        rows.append([f"{arm}, right", *(shown(x, 3) for x in hits.mean(2).T)])
+        rows.append([f"{arm}, error", *(shown(x, 3) for x in np.abs(confidence - hits).mean(2).T)])
+        for i in (1, 3, 4, 5, 6):
+            axes.loglog(confidence[:, i].mean(0), hits[:, i].mean(0), ".-", label=f"t = {TIMES[i]}")
+        axes.plot([0.005, 1], [0.005, 1], ":", color="grey")
         axes.set(title=arm, xlabel="probability of the most likely code")
     panels[0].set_ylabel("share where it is right")
     panels[0].legend()
     figure.savefig("calibration.png", dpi=100)
-    return table(["calibration error (bias: + is overconfident) at t =", *TIMES], rows)
+    return table(["the most likely code at t =", *TIMES], rows)
 
 
 def weigh_z_loss(study, runs, pyplot):
@@ -684,6 +699,8 @@ def main():
     except ImportError:
         parser.error("matplotlib is missing: pip install -r demo/requirements.txt")
     out = args.out or Path("study-quick" if args.quick else "study")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
     out.mkdir(parents=True, exist_ok=True)
     os.chdir(out)                                          # train.py writes runs/ where it is started
     settings = QUICK if args.quick else FULL

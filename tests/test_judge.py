@@ -129,9 +129,14 @@ def test_a_folder_of_samples_is_read_and_a_wrong_one_refused(tmp_path):
     save_image(folder / "000003.png", np.zeros((32, 32, 3), np.uint8))
     with pytest.raises(SystemExit, match="000003.png: is"):
         judge.read_samples(folder)
-    note.write_text(json.dumps(dict(classes=[207], num_samples=5)))
-    with pytest.raises(SystemExit, match="has class 207"):
-        judge.read_samples(folder)
+    for unknown in 207, -1:
+        note.write_text(json.dumps(dict(classes=[0, unknown], num_samples=5)))
+        with pytest.raises(SystemExit, match=f"has class {unknown}"):
+            judge.read_samples(folder)
+    for strange in dict(classes=[], num_samples=5), dict(classes=None, num_samples=5), dict(classes=[1], num_samples="5"):
+        note.write_text(json.dumps(strange))
+        with pytest.raises(SystemExit, match="has no classes and num_samples"):
+            judge.read_samples(folder)
     note.write_text(json.dumps(dict(classes=[0, 1, 2], num_samples=5)))
     with pytest.raises(SystemExit, match="make two of each"):
         judge.read_samples(folder)

@@ -4,6 +4,7 @@ Shapes: B batch, h w grid, K codes, d code dimension.
 """
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -176,9 +177,9 @@ def test_an_untrained_network_knows_nothing_and_says_so(grids):
     assert found["ce"] == pytest.approx([np.log(K)] * len(study.TIMES), rel=1e-5)
     rmse = (f.embed(grids) - f.codebook.mean(0).view(1, d, 1, 1)).square().mean().sqrt()
     assert found["rmse"] == pytest.approx([rmse.item()] * len(study.TIMES), rel=1e-5)
-    count, confidence, hits = np.array(found["bins"][0])
-    assert count.sum() == grids.numel() and confidence.sum() == pytest.approx(count.sum() / K, rel=1e-4)
-    assert hits.sum() == (grids == 0).sum()                # of equal codes, max() takes the first
+    confidence, hits = np.array(found["tenths"][0])
+    assert confidence == pytest.approx(1 / K, rel=1e-4)
+    assert hits.mean() == pytest.approx((grids == 0).float().mean().item(), rel=1e-4)      # of equal codes, max() takes the first
 
 
 @torch.inference_mode()
@@ -193,12 +194,18 @@ def test_denoising_is_measured_by_the_plain_formulas(grids):
         assert found["ce"][i] == pytest.approx(-pi.gather(3, grids[..., None]).log().mean().item(), rel=1e-4)
         assert found["rmse"][i] == pytest.approx((f.mean(z, time, y) - f.embed(grids)).square().mean().sqrt().item(), rel=1e-4)
         confidence, guess = pi.max(3)
-        count, total, hits = np.array(found["bins"][i])
-        assert (total.sum(), hits.sum()) == pytest.approx((confidence.sum().item(), (guess == grids).sum().item()), rel=1e-4)
-        assert all(b / 10 <= c / n <= (b + 1) / 10 + 1e-6 for b, (n, c) in enumerate(zip(count, total)) if n)
+        order = confidence.flatten().argsort()
+        pairs = np.array([x.flatten().float()[order].view(10, -1).mean(1) for x in (confidence, guess == grids)])
+        np.testing.assert_allclose(found["tenths"][i], pairs, rtol=1e-4, atol=1e-6)
         z = cfm.path(z0, grids, time)
         mu = z + (1 - t) * cfm.velocity(z, time, y)
         assert regressed["rmse"][i] == pytest.approx((mu - cfm.embed(grids)).square().mean().sqrt().item(), rel=1e-4)
+
+
+def test_tenths_go_from_the_least_to_the_most_confident():
+    confidence = torch.linspace(1, 0, 20)
+    low, high = study.tenths(torch.stack([confidence, confidence > 0.5]))
+    assert low == sorted(low) and high == [0] * 5 + [1] * 5
 
 
 @torch.inference_mode()
@@ -231,7 +238,7 @@ def test_evidence_is_exact_under_autocast():
     assert inside.equal(f.evidence(z, t))
 
 
-# ------------------------------ the whole
+# ------------------------------ runs
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
@@ -240,6 +247,54 @@ def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda **other: study.Study(TINY | other, workers=1)
 
+
+@pytest.mark.parametrize("arm", [*study.ARMS, "shuffled"])
+def test_the_arms_are_trained_alike_but_for_what_they_are_named_after(arm):
+    args, _, _ = train.parse(study.flags_of(study.Run(arm, 2e-3, 1), steps=4, every=2, batch=4))
+    assert (args.objective, args.lr, args.seed, args.bf16, args.cooldown) == (arm, 2e-3, 1, False, 0)
+    assert args.ema_ramp and args.geometric_head == ("geometric" in arm) and args.logit_normal == ("logit-normal" in arm)
+
+
+@pytest.mark.parametrize("arm", ["muon", "purrception"])
+def test_muon_trains_its_arm_and_no_other(small, monkeypatch, arm):
+    def main(words):
+        made.append(train.make_optimizer)
+        raise InputError("the gradient norm is infinite")
+
+    made, run = [], study.Run(arm, 1e-3, 0)
+    monkeypatch.setattr(train, "main", main)
+    run.folder.mkdir(parents=True)
+    small().train([run])
+    assert made == [study.MuonAndAdamW if arm == "muon" else study.ADAMW]
+
+
+@pytest.mark.parametrize("arm", ["purrception", "cfm", "dfm"])
+def test_the_temperature_reaches_the_sampler(monkeypatch, arm):
+    f, z, t = build(arm), torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7])
+    f.velocity = plain = lambda z, t, y, tau=None, cfg=1.0: z
+    seen = {}
+    monkeypatch.setattr(study, "references", lambda device: [None] * 4)
+    monkeypatch.setattr(study, "draw_codes", lambda *args, **settings: seen.update(settings) or (None, None))
+    monkeypatch.setattr(study, "decode_pixels", lambda *_: None)
+    for name in "look", "figures":
+        monkeypatch.setattr(study.judge, name, lambda *_: None)
+    study.measure_samples(f, CPU, 20, 2.0, 0)
+    settings = dict(cfm=dict(steps=10, order=2), purrception=dict(steps=10, order=2, tau=2.0), dfm=dict(steps=50, tau=2.0))
+    assert seen == settings[arm]
+    changed = (f.velocity(z, t, None) - plain(z, t, None)).abs().max() > 0.01
+    assert changed == (arm == "cfm")
+
+
+def test_an_arm_is_given_the_rate_of_its_least_distance(small, monkeypatch):
+    it = small(rates=(1e-3, 1e-2, 1e-1))
+    monkeypatch.setattr(it, "train", lambda runs: list(runs))
+    monkeypatch.setattr(it, "figures", lambda name, runs, knobs: np.array([5.0, 3.0, 4.0]).reshape(3, 1, 1))
+    monkeypatch.setattr(it, "denoising", lambda name, runs: np.ones((3, len(study.TIMES))))
+    runs, _ = study.tune(it)
+    assert {run.lr for each in runs.values() for run in each} == {1e-2}
+
+
+# ------------------------------ the whole
 
 @pytest.mark.slow
 def test_a_study_answers_every_question_and_measures_nothing_twice(small, monkeypatch):
@@ -293,7 +348,37 @@ def test_a_run_that_diverges_is_noted_and_counts_as_the_worst(small):
     assert not run.checkpoint(4).exists()
 
 
-def test_a_folder_of_another_study_is_refused(small):
+def test_a_folder_of_another_study_is_refused(small, monkeypatch):
     small()
     with pytest.raises(InputError, match="other settings"):
         small(steps=8)
+    monkeypatch.setattr(study.zlib, "crc32", lambda data: 0)                               # another judge
+    with pytest.raises(InputError, match="other settings"):
+        small()
+
+
+@pytest.mark.parametrize("left", ["", "[[1], 2]\n", "[[1], 2]\n[[3], 4]\n", "[[1], 2]\n[[3", "[[3"])
+def test_half_a_line_of_a_killed_study_is_dropped(small, left):
+    Path("results.jsonl").write_text(left)
+    assert small().results == {key: value for key, value in (("[1]", 2), ("[3]", 4)) if f"[{key}, {value}]\n" in left}
+    assert Path("results.jsonl").read_text() == left[:left.rfind("\n") + 1]
+
+
+def test_workers_end_when_the_study_is_killed(tmp_path):
+    (tmp_path / "killed.py").write_text(f"""
+import sys, time
+sys.path.insert(0, {str(study.HERE)!r})
+import study
+
+def work(_):
+    print("working", flush=True)
+    time.sleep(100)
+
+if __name__ == "__main__":
+    list(study.Study(study.QUICK, workers=2).spread(work, [1, 2, 3]))
+""")
+    process = subprocess.Popen([sys.executable, "killed.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert [process.stdout.readline() for _ in range(2)] == ["working\n"] * 2
+    process.kill()
+    rest, _ = process.communicate(timeout=50)              # returns once the workers, too, have closed the pipe
+    assert rest == ""
