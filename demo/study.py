@@ -5,8 +5,8 @@
     python demo/study.py --quick               # five minutes: one seed, one learning rate, short runs
 
 The arms share the network but for its ends, the batch and the number of steps. Each has the best of four learning
-rates, by the judge's distance: the two best at seed 0 are compared over all seeds. The shuffled codebook takes
-Purrception's. There are two measures:
+rates, by the judge's distance at its default temperature: the two best at seed 0 are compared over all seeds. The
+shuffled codebook takes Purrception's. There are two measures:
 
     denoising    rmse(mu - z1) and cross-entropy on held-out code grids at fixed t: no sampler, no tau, no features
     samples      the figures of judge.py for EMA samples without guidance, from the same noise for all arms
@@ -265,7 +265,8 @@ class Run(NamedTuple):
 def flags_of(run, steps, every, batch):
     """Return train.py's flags for a run.
 
-    They override what the demo's recipe has beyond the paper, but for the ramp of the average: runs are short.
+    They override what the demo's recipe has beyond the paper, but for warm-up and the ramp of the average: runs are
+    short.
     """
     words = dict(data=HERE, name=run.folder.name, objective=run.objective, lr=run.lr, seed=run.seed, z_loss=run.z_loss,
                  steps=steps, global_batch_size=batch, warmup=100, cooldown=0, ckpt_every=every, keep_every=every,
@@ -406,7 +407,8 @@ class Study:
         every = self.set.steps // self.set.checkpoints
         self.marks = range(every, self.set.steps + 1, every)
         kept = Path("settings.json")
-        sums = {name: zlib.crc32((HERE / name).read_bytes()) for name in ("recipe.txt", "tokenizer.pt", "judge.pt")}
+        sources = "recipe.txt", "codes.npy", "reference.npz", "tokenizer.pt", "judge.pt"
+        sums = {name: zlib.crc32((HERE / name).read_bytes()) for name in sources}
         text = json.dumps(settings | train.SIZES["DiT-demo/2"] | sums)
         if kept.exists() and read_json(kept) != json.loads(text):
             raise InputError(f"{kept.absolute()}: this folder holds a study with other settings; give another --out")
@@ -545,8 +547,6 @@ def tune(study):
     for arm in ARMS:
         own, _ = knobs_of(arm)
         distances = study.figures("distance", tried[arm], [own]).ravel()
-        if distances.min() == np.inf:
-            raise InputError(f"{arm}: training failed at every rate, see {tried[arm][0].failed}")
         cells = [f"{x:.2f}" for x in distances]
         finalists = {}                                     # their mean distance: runs
         for i in distances.argsort()[:2]:
@@ -555,7 +555,10 @@ def tune(study):
             mean = study.figures("distance", group, [own]).mean()
             finalists[mean] = group
             cells[i] += f" ({mean:.2f})"
-        runs[arm] = finalists[min(finalists)]
+        best = min(finalists)
+        if best == np.inf:
+            raise InputError(f"{arm}: training failed at the two best rates; see failed.txt in {Path('runs').absolute()}")
+        runs[arm] = finalists[best]
         rows.append([arm, *cells])
         if arm in SAME_PATH:
             rows.append([f"{arm}, rmse", *(f"{x:.3f}" for x in over_time(study.denoising("rmse", tried[arm])))])

@@ -287,10 +287,10 @@ def test_the_temperature_reaches_the_sampler(monkeypatch, arm):
 
 def test_an_arm_is_given_the_rate_that_is_best_over_all_seeds_of_the_two_best_at_the_first(small, monkeypatch):
     def figures(name, runs, knobs):
-        table = {1e-3: (9.0, 1.0), 3e-3: (5.0, 6.0), 1e-2: (4.0, 8.0), 1e-1: (np.inf, 0.0)}    # by seed
         return np.array([table[run.lr][run.seed] for run in runs]).reshape(-1, 1, 1)
 
-    it = small(rates=(1e-3, 3e-3, 1e-2, 1e-1), seeds=(0, 1))
+    table = {1e-3: (9.0, 1.0), 3e-3: (5.0, 6.0), 1e-2: (4.0, 8.0), 1e-1: (np.inf, 0.0)}         # by seed
+    it = small(rates=tuple(table), seeds=(0, 1))
     monkeypatch.setattr(it, "train", lambda runs: trained.extend(runs))
     monkeypatch.setattr(it, "figures", figures)
     monkeypatch.setattr(it, "denoising", lambda name, runs: np.ones((4, len(study.TIMES))))
@@ -300,6 +300,9 @@ def test_an_arm_is_given_the_rate_that_is_best_over_all_seeds_of_the_two_best_at
         arm: [(arm, 3e-3, 0), (arm, 3e-3, 1)] for arm in (*study.ARMS, "shuffled")}
     assert all(run in trained for each in runs.values() for run in each)
     assert "| cfm | 9.00 | 5.00 (5.50) | 4.00 (6.00) | inf |" in lines
+    table = dict.fromkeys(table, (np.inf, np.inf))
+    with pytest.raises(InputError, match="failed at the two best rates"):
+        study.tune(it)
 
 
 # ------------------------------ the whole
