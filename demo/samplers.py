@@ -1,6 +1,6 @@
 """Compare samplers on one checkpoint of the demo: network calls, order, temperature, guidance and its interval.
 
-    python demo/samplers.py                                the newest run; half an hour on 2 CPU cores
+    python demo/samplers.py                                the newest run; ten minutes on 2 CPU cores
     python demo/samplers.py --ckpt runs/001/ckpt.pt --num-samples 128 --seeds 0
 
 A set of samples has two distances to real cats: "judge", in the 64 features of demo/judge.py, which see poses, coats and
@@ -25,7 +25,7 @@ from make import HERE
 sys.path.insert(0, str(HERE.parent))
 from fid import frechet_distance, statistics  # noqa: E402
 from sample import load_run, noise_source  # noqa: E402
-from train import newest_run  # noqa: E402
+from train import newest_run, number  # noqa: E402
 from vq import decode_pixels, start_process  # noqa: E402
 
 FIGURES = "judge", "patch", "coat", "precision", "recall"
@@ -104,8 +104,8 @@ class Samplers:
 def main():
     parser = argparse.ArgumentParser(description="Compare samplers on one checkpoint of the demo.")
     parser.add_argument("--ckpt", type=Path, help="checkpoint; default: that of the newest run")
-    parser.add_argument("--num-samples", type=int, default=256, help="samples in a set")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the noise")
+    parser.add_argument("--num-samples", type=number(int, 20), default=256, help="samples in a set")
+    parser.add_argument("--seeds", type=number(int, 0), nargs="+", default=[0, 1, 2], help="seeds of the noise")
     args = parser.parse_args()
     try:
         from matplotlib import pyplot
