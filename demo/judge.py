@@ -13,9 +13,10 @@ The figures of a set of samples:
 The reach of a picture is the distance to its third nearest neighbour of the same set. Distance, precision and
 recall depend on the number of pictures: compare equal counts only. As many real cats are the yardstick.
 
-The network sees what it was taught, coat, pose and colours, and overlooks damage that leaves these readable:
-256 real cats are at a distance of 2.0 and a precision of 0.87, and with a tenth of their codes drawn at random
-still at 2.9 and 0.84.
+Of 2,000 held-out cats the network names every coat; R^2 of the numbers within a coat is at least 0.92, but for fur
+(0.77), pitch (0.83) and the green of the eyes (0.85).
+It sees what it was taught, coat, pose and colours, and overlooks damage that leaves these readable: 256 real cats
+are at a distance of 2.0 and a precision of 0.87, and with a tenth of their codes drawn at random still at 2.9 and 0.84.
 
     python demo/judge.py                  # train: four minutes on 2 CPU cores; writes demo/judge.pt
     python demo/judge.py samples          # judge a folder that sample.py has made
