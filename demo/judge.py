@@ -18,7 +18,7 @@ Of 2,000 held-out cats the network names every coat; R^2 of the numbers within a
 It sees what it was taught, coat, pose and colours, and overlooks damage that leaves these readable: 256 real cats
 are at a distance of 2.0 and a precision of 0.87, and with a tenth of their codes drawn at random still at 2.9 and 0.84.
 
-    python demo/judge.py                  # train: four minutes on 2 CPU cores; writes demo/judge.pt
+    python demo/judge.py                  # train: two to four minutes on 2 CPU cores; writes demo/judge.pt
     python demo/judge.py samples          # judge a folder that sample.py has made
 
 References: Fréchet distance (arXiv 1706.08500); precision and recall (Kynkäänniemi et al., arXiv 1904.06991).
