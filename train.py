@@ -223,12 +223,12 @@ def save_checkpoint(path, flow, ema, opt, step, args):
         os.fsync(file.fileno())  # on disk before it takes the name
 
 
-def trim_log(path, step):
-    """Drop the lines of log.jsonl beyond `step`, which a killed run may have left."""
+def trim_log(path, wanted):
+    """Drop what a killed process may have left in a file of JSON lines: half a line, and records not wanted."""
     lines = path.read_text().splitlines(True) if path.exists() else []
     with replacing(path) as file:
         for line in lines:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if line.endswith("\n") and wanted(json.loads(line)):
                 file.write(line.encode())
 
 
@@ -280,7 +280,7 @@ def train(args, data, vq, ckpt, run, rank, world, device, bar):
     ddp = flow if world == 1 else DistributedDataParallel(
         flow, gradient_as_bucket_view=True, broadcast_buffers=False)
     if rank == 0:
-        trim_log(run / "log.jsonl", start)
+        trim_log(run / "log.jsonl", lambda record: record["step"] <= start)
     stop = []  # Ctrl-C or SIGTERM fill it: finish the step, save
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))

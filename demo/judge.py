@@ -204,8 +204,9 @@ def read_samples(folder):
     classes, count = record.get("classes"), record.get("num_samples")
     if not isinstance(classes, list) or not classes or not all(isinstance(x, int) for x in (*classes, count)):
         raise InputError(f"{note}: has no classes and num_samples; give a folder that sample.py has made")
-    for unknown in {min(classes), max(classes)} - set(range(len(COATS))):
-        raise InputError(f"{note}: has class {unknown}; the judge knows {len(COATS)} coats only")
+    unknown = [label for label in classes if not 0 <= label < len(COATS)]
+    if unknown:
+        raise InputError(f"{note}: has class {unknown[0]}; the judge knows {len(COATS)} coats only")
     if count < max(2 * len(classes), NEIGHBOURS + 1):
         raise InputError(f"{note}: has {count} pictures of {len(classes)} classes; make two of each")
     pictures = [read_image(folder / f"{i:06d}.png") for i in range(count)]

@@ -19,13 +19,13 @@ Shapes: B batch, h w grid, K codes, d code dimension.
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -408,18 +408,15 @@ class Study:
         self.marks = range(every, self.set.steps + 1, every)
         kept = Path("settings.json")
         sources = "recipe.txt", "codes.npy", "reference.npz", "tokenizer.pt", "judge.pt"
-        sums = {name: zlib.crc32((HERE / name).read_bytes()) for name in sources}
+        sums = {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in sources}
         text = json.dumps(settings | train.SIZES["DiT-demo/2"] | sums)
         if kept.exists() and read_json(kept) != json.loads(text):
             raise InputError(f"{kept.absolute()}: this folder holds a study with other settings; give another --out")
         with replacing(kept) as file:
             file.write(text.encode())
         self.file = Path("results.jsonl")
-        whole, _, half = self.file.read_text().rpartition("\n") if self.file.exists() else ("", "", "")
-        if half:                                           # of a line, which a killed process has left
-            with replacing(self.file) as file:
-                file.write(f"{whole}\n".encode() if whole else b"")
-        pairs = map(json.loads, whole.splitlines())
+        train.trim_log(self.file, lambda pair: True)
+        pairs = map(json.loads, self.file.read_text().splitlines())
         self.results = {json.dumps(key): result for key, result in pairs}
 
     def spread(self, function, tasks):
@@ -446,8 +443,7 @@ class Study:
         whole = [(*task, self.set.images, self.set.grids) for task in missing]
         for task, result in zip(missing, self.spread(measure, whole)):
             self.results[json.dumps(task)] = result
-            with open(self.file, "a") as f:
-                f.write(json.dumps([task, result], default=float) + "\n")
+            train.append_line(self.file, json.dumps([task, result], default=float))
             print("measured", task[0].folder.name, *task[1:], flush=True)
         return [self.results[key] for key in keys]
 
@@ -535,33 +531,37 @@ def log_scale(axes):
     axes.minorticks_off()
 
 
+def distances(study, arm, rates, seeds):
+    """Return an arm's mean distance over seeds at its default temperature, by rate."""
+    own, _ = knobs_of(arm)
+    found = study.figures("distance", [Run(arm, lr, seed) for lr in rates for seed in seeds], [own])
+    return dict(zip(rates, found.reshape(len(rates), len(seeds)).mean(1)))
+
+
 def tune(study):
     """Find each arm's best learning rate: of the two best at seed 0, the better over all seeds.
 
     Return {arm: its runs}, a run for each seed, and lines of the summary.
     """
     rates, seeds = study.set.rates, study.set.seeds
-    tried = {arm: [Run(arm, lr, seeds[0]) for lr in rates] for arm in ARMS}
-    study.train(run for runs in tried.values() for run in runs)
+    study.train(Run(arm, lr, seeds[0]) for arm in ARMS for lr in rates)
+    first = {arm: distances(study, arm, rates, seeds[:1]) for arm in ARMS}
+    finalists = {arm: sorted(rates, key=first[arm].get)[:2] for arm in ARMS}
+    study.train(Run(arm, lr, seed) for arm in ARMS for lr in finalists[arm] for seed in seeds)
     runs, rows = {}, []
     for arm in ARMS:
-        own, _ = knobs_of(arm)
-        distances = study.figures("distance", tried[arm], [own]).ravel()
-        cells = [f"{x:.2f}" for x in distances]
-        finalists = {}                                     # their mean distance: runs
-        for i in distances.argsort()[:2]:
-            group = [Run(arm, rates[i], seed) for seed in seeds]
-            study.train(group)
-            mean = study.figures("distance", group, [own]).mean()
-            finalists[mean] = group
-            cells[i] += f" ({mean:.2f})"
-        best = min(finalists)
-        if best == np.inf:
+        means = distances(study, arm, finalists[arm], seeds)
+        best = min(means, key=means.get)
+        if means[best] == np.inf:
             raise InputError(f"{arm}: training failed at the two best rates; see failed.txt in {Path('runs').absolute()}")
-        runs[arm] = finalists[best]
-        rows.append([arm, *cells])
+        runs[arm] = [Run(arm, best, seed) for seed in seeds]
+        cells = {lr: f"{x:.2f}" for lr, x in first[arm].items()}
+        for lr, mean in means.items():
+            cells[lr] += f" ({mean:.2f})"
+        rows.append([arm, *cells.values()])
         if arm in SAME_PATH:
-            rows.append([f"{arm}, rmse", *(f"{x:.3f}" for x in over_time(study.denoising("rmse", tried[arm])))])
+            rmse = over_time(study.denoising("rmse", [Run(arm, lr, seeds[0]) for lr in rates]))
+            rows.append([f"{arm}, rmse", *(f"{x:.3f}" for x in rmse)])
     runs["shuffled"] = [run._replace(objective="shuffled") for run in runs["purrception"]]  # at Purrception's rate
     study.train(runs["shuffled"])
     head = "distance at seed 0 (mean over seeds) by learning rate", *(f"{lr:g}" for lr in rates)
@@ -658,9 +658,8 @@ def calibrate(study, runs, pyplot):
     rows = []
     for axes, arm in zip(panels, ("purrception", "likelihood")):
         confidence, hits = np.moveaxis(study.denoising("tenths", runs[arm]), 2, 0)          # [seeds,times,10] each
-        rows.append([f"{arm}, probability", *(shown(x, 3) for x in confidence.mean(2).T)])
-        rows.append([f"{arm}, right", *(shown(x, 3) for x in hits.mean(2).T)])
-        rows.append([f"{arm}, error", *(shown(x, 3) for x in np.abs(confidence - hits).mean(2).T)])
+        for name, values in dict(probability=confidence, right=hits, error=np.abs(confidence - hits)).items():
+            rows.append([f"{arm}, {name}", *(shown(x, 3) for x in values.mean(2).T)])
         for i in (1, 3, 4, 5, 6):
             axes.loglog(confidence[:, i].mean(0), hits[:, i].mean(0), ".-", label=f"t = {TIMES[i]}")
         axes.plot([0.005, 1], [0.005, 1], ":", color="grey")
@@ -714,9 +713,10 @@ def main():
     except ImportError:
         parser.error("matplotlib is missing: pip install -r demo/requirements.txt")
     out = args.out or Path("study-quick" if args.quick else "study")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"--out {out}: is a file; give a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot be made ({error}); give another folder") from None
     os.chdir(out)                                          # train.py writes runs/ where it is started
     settings = QUICK if args.quick else FULL
     study = Study(settings, 1 if torch.cuda.is_available() else torch.get_num_threads())
