@@ -1,115 +1,150 @@
 """Purrception: variational flow matching for vector-quantized images (arXiv 2510.01478).
 
-    path        z_t = t z1 + (1 - t) z0,  z1 = e_c,  z0 ~ N(0, I),  t ~ U(0, 1)   (Eq. 9)
-    posterior   pi  = softmax(logits(z_t, t, y) / tau)                          (Eq. 12, 15)
-    mean        mu  = sum_k pi_k e_k
-    velocity    v   = (mu - z_t) / (1 - t)                                      (Eq. 13)
-    loss        -log pi_c + 1e-5 (log sum_k exp logit_k)^2,  with tau = 1       (Eq. 14, Sec. 3.3)
-    sampling    for s = 0..T-1: t = s/T, z <- z + v/T; then the nearest code    (Appendix B)
-    guidance    logits = u + cfg (c - u),  c with the class, u without
+A tokenizer has turned each image into a grid of codes c (Eq. 9). Code k has the vector e_k.
 
-The method comes first, then three baselines, then the head in chunks. The network must have
-hidden(z, t, y), final_layer.linear, input_size, patch_size and num_classes; DFM also needs
-in_channels and x_embedder.
+    path        z_t = t z1 + (1 - t) z0,   z1 = e_c,   z0 ~ N(0, I),   t ~ U(0, 1)
+    loss        -log pi_c  +  1e-5 (log sum_k exp logit_k)^2                     (Eq. 14, Sec. 3.3)
+    posterior   pi = softmax(logits(z_t, t, y) / tau),  tau = 1 in training      (Eq. 12, 15)
+    velocity    v  = (mu - z_t) / (1 - t),  mu = sum_k pi_k e_k                  (Eq. 13)
+    sampling    for s = 0..T-1:  t = s/T,  z <- z + v/T;  then the nearest code  (Appendix B)
 
-Shapes: B batch, h w grid of codes, d code dimension, K codes, N tokens of G = p*p positions,
-D width.
+The method comes first, then its baselines, what goes beyond the paper, and last the head in chunks,
+which saves memory. A network must have hidden(z, t, y), final_layer.linear, input_size, patch_size
+and num_classes; for DFM also in_channels and x_embedder.
+
+Shapes: B batch, h w grid of codes, d code dimension, K codes; N tokens of G = p*p positions each,
+D width; n rows of logits at a time.
 """
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 
 class Purrception(nn.Module):
     """Learn a distribution over codes along a straight path from noise, and follow its mean.
 
-    model: maps z [B,d,h,w], t [B], y [B] to K logits per position. codebook: [K,d], frozen.
-    z_loss: weight of the z-loss. label_dropout: share of labels that training replaces by
-    "no class", for guidance.
+    model: maps z [B,d,h,w], t [B], y [B] to K logits per position. codebook: the e_k, [K,d].
+    z_loss: its weight. label_dropout: share of labels that training replaces by "no class".
     """
 
-    def __init__(self, model: nn.Module, codebook: Tensor, z_loss=1e-5, label_dropout=0.1):
+    def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
         super().__init__()
         self.model = model
         self.z_loss = z_loss
         self.label_dropout = label_dropout
         self.register_buffer("codebook", codebook.detach().float(), persistent=False)
 
-    @torch.no_grad()
-    def shape_head(self):
-        """Let codes with near vectors start with near logits. DiT's head starts at zero.
-
-        logit_k = h A phi_k,  phi_k = (e_k, e_k^2) standardised over codes,  A ~ N(0, 1/D)
-        """
-        E = self.codebook
-        phi = torch.cat([E, E.square()], 1)
-        phi = (phi - phi.mean(0)) / phi.std(0).clamp(min=1e-6)  # [K,2d]
-        for W in self.model.final_layer.linear.weight.split(len(E)):  # [K,D]
-            A = torch.randn(phi.shape[1], W.shape[1], device=E.device)
-            W.copy_(phi @ A / W.shape[1] ** 0.5)
-
-    def prior(self, B, generator=None):
-        """Draw z0 ~ N(0, I): [B,d,h,w], on the generator's or codebook's device."""
-        side = self.model.input_size
-        shape = B, self.codebook.shape[1], side, side
-        device = generator.device if generator else self.codebook.device
-        return torch.randn(shape, generator=generator, device=device)
-
-    def embed(self, codes):
-        """Look up z1 = e_c: codes [B,h,w] to [B,d,h,w]."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
-
-    def path(self, z0, codes, t):
-        """Interpolate between noise z0 and codes: z_t, [B,d,h,w]."""
-        z1 = self.embed(codes)
-        t = t.view(-1, 1, 1, 1)
-        return t * z1 + (1 - t) * z0
-
     # ---------- training
 
-    def noise(self, B, generator=None, logit_normal=False):
-        """Draw what a training step needs: t ~ U(0, 1) [B], z0, and which labels to drop [B].
+    def forward(self, codes, y, noise=None):
+        """Compute the training loss of codes [B,h,w] of classes y [B], and its parts by name.
 
-        Beyond the paper: with logit_normal, logit(t) ~ N(0, 1) (arXiv 2403.03206).
-        The authors' release has t > 0.001 and drops no labels: its null class stays untrained.
-        """
-        t, drop = torch.rand(2, B, generator=generator, device=self.codebook.device)
-        if logit_normal:
-            t = torch.sigmoid(torch.special.ndtri(t))  # the same quantile
-        return t, self.prior(B, generator), drop < self.label_dropout
-
-    def forward(self, codes: Tensor, y: Tensor, generator=None, noise=None) -> tuple[Tensor, dict]:
-        """Compute the training loss of codes [B,h,w] of classes y [B].
-
-        noise: what noise() returns; by default, it is drawn with the generator.
-        Returns the loss, a scalar with gradients, and a dictionary of its parts.
+        noise: what noise() returns; by default, it is drawn.
         """
         if noise is None:
-            noise = self.noise(len(codes), generator)
+            noise = self.noise(len(codes))
         t, z0, drop = noise
         z = self.path(z0, codes, t)
         y = y.masked_fill(drop, self.model.num_classes)
         return self.loss(z, t, y, codes)
 
-    def loss(self, z: Tensor, t: Tensor, y: Tensor, codes: Tensor) -> tuple[Tensor, dict]:
-        """Compute -log pi_c + z-loss (Eq. 14) at the point z [B,d,h,w] of the path."""
+    def noise(self, B, generator=None):
+        """Draw what a training step needs: t ~ U(0, 1) [B], z0, and which labels to drop [B].
+
+        The authors' release has t > 0.001 and drops no labels: "no class" stays untrained.
+        """
+        device = self.codebook.device
+        t, drop = torch.rand(2, B, generator=generator, device=device)
+        z0 = self.prior(B, generator)
+        return t, z0, drop < self.label_dropout
+
+    def prior(self, B, generator=None):
+        """Draw z0 ~ N(0, I), [B,d,h,w], on the generator's device, else the codebook's."""
+        d = self.codebook.shape[1]
+        side = self.model.input_size
+        device = generator.device if generator else self.codebook.device
+        return torch.randn(B, d, side, side, generator=generator, device=device)
+
+    def embed(self, codes):
+        """Look up z1 = e_c: codes [B,h,w] to [B,d,h,w]."""
+        z1 = F.embedding(codes, self.codebook)
+        return z1.movedim(-1, 1)
+
+    def path(self, z0, codes, t):
+        """Interpolate between noise z0 and codes at times t [B]: z_t, [B,d,h,w]."""
+        z1 = self.embed(codes)
+        t = t.view(-1, 1, 1, 1)
+        return t * z1 + (1 - t) * z0
+
+    def loss(self, z, t, y, codes):
+        """Compute -log pi_c + z-loss (Eq. 14, Sec. 3.3) at the point z [B,d,h,w] of the path.
+
+        This is what linear_cross_entropy computes without holding all logits at once:
+
+            logits = self.model(z, t, y).flatten(0, 2)              # [Bhw,K]
+            ce = F.cross_entropy(logits, codes.flatten())           # mean of -log pi_c
+            z_part = self.z_loss * logits.logsumexp(1).square().mean()
+            return ce + z_part, {"ce": ce, "z": z_part}
+        """
         head = self.model.final_layer.linear
-        h = self.model.hidden(z, t, y)  # [B,N,D]
+        h = self.model.hidden(z, t, y)                    # [B,N,D]
         target = to_tokens(codes, self.model.patch_size)  # [B,N,G]
         loss, ce, z_part = linear_cross_entropy(h, head.weight, head.bias, target, self.z_loss)
         return loss, {"ce": ce, "z": z_part}
 
     # ---------- sampling
 
-    def guided(self, z, t, y, cfg):
-        """Run the network once: features [BN,D] for which the head returns u + cfg (c - u).
+    @torch.no_grad()
+    def sample(self, y, steps=100, tau=0.9, cfg=1.0, noise=None):
+        """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w] (Appendix B).
 
-        The head is affine, so guiding its input guides its logits, at half the head's cost.
+        The last of T steps lands on mu. The release takes T - 1 and divides by 1 - t + 1e-6.
+        """
+        z = self.prior(len(y)) if noise is None else noise
+        for s in range(steps):
+            t = torch.full((len(y),), s / steps, device=z.device)
+            z = z + self.velocity(z, t, y, tau, cfg) / steps
+        return self.nearest(z)
+
+    def velocity(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute v = (mu - z) / (1 - t) (Eq. 13) at z [B,d,h,w]: [B,d,h,w]."""
+        mu = self.mean(z, t, y, tau, cfg)
+        t = t.view(-1, 1, 1, 1)
+        return (mu - z) / (1 - t)
+
+    def mean(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute mu = sum_k pi_k e_k at z [B,d,h,w]: [B,d,h,w]."""
+        mu = []
+        for logits in self.outputs(z, t, y, cfg):               # [n,K]
+            pi = torch.softmax(logits / tau, 1)                 # Eq. 12, 15
+            with torch.autocast(z.device.type, enabled=False):  # float32 island
+                mu.append(pi @ self.codebook)                   # [n,d]
+        mu = self.on_grid(mu)                                   # [B,h,w,d]
+        return mu.movedim(-1, 1)
+
+    def posterior(self, z, t, y, tau=1.0, cfg=1.0):
+        """Compute pi (Eq. 12, 15) at z [B,d,h,w]: [B,h,w,K]. mean() never holds all of it."""
+        logits = self.outputs(z, t, y, cfg)
+        return self.on_grid([torch.softmax(rows / tau, 1) for rows in logits])
+
+    @torch.no_grad()
+    def nearest(self, z):
+        """Find the nearest codes, argmin_k |z - e_k|, of z [B,d,h,w]: [B,h,w]."""
+        z = z.movedim(1, -1)        # [B,h,w,d]
+        codes = nearest_code(z.flatten(0, 2), self.codebook)
+        return codes.view(z.shape[:-1])
+
+    # ---------- the network's outputs
+
+    def guided(self, z, t, y, cfg):
+        """Run the network once: features [BN,D] whose logits are guided, u + cfg (c - u).
+
+        c is with the class, u without. The head is affine: guiding its input costs half as much.
         """
         if cfg == 1:
-            h = self.model.hidden(z, t, y)
+            h = self.model.hidden(z, t, y)  # [B,N,D]
         else:
             null = torch.full_like(y, self.model.num_classes)
             z = torch.cat([z, z])
@@ -117,108 +152,34 @@ class Purrception(nn.Module):
             y = torch.cat([y, null])
             c, u = self.model.hidden(z, t, y).chunk(2)
             h = torch.lerp(u, c, cfg)
-        return h.flatten(0, 1).to(product_dtype(h))
+        return h.flatten(0, 1)
 
-    def logits(self, h):
-        """Yield pairs (place, logits [n,K]), chunk by chunk, for features h [BN,D].
+    def outputs(self, z, t, y, cfg):
+        """Yield the head's guided outputs, [n,K] at a time, in float32.
 
-        A place is a slice of the tokens and the position g within their patches.
+        First come those of all patches' first position, then those of their second, and so on.
         """
         head = self.model.final_layer.linear
-        K = len(self.codebook)
-        W = head.weight.to(h.dtype).split(K)
-        b = head.bias.to(h.dtype).split(K)
-        for tokens, g in chunks(len(h), len(W), K, h.device):
-            logits = F.linear(h[tokens], W[g], b[g])
-            yield (tokens, g), at_least_float32(logits)
-
-    def posterior(self, z: Tensor, t: Tensor, y: Tensor, tau=1.0, cfg=1.0) -> Tensor:
-        """Compute pi (Eq. 12, 15) at z [B,d,h,w]: [B,h,w,K]."""
-        p = self.model.patch_size
-        E = self.codebook
         h = self.guided(z, t, y, cfg)
-        pi = E.new_empty(len(h), p * p, len(E))  # [BN,G,K]
-        for place, logits in self.logits(h):
-            pi[place] = torch.softmax(logits / tau, 1)
-        return to_grid(pi, p, z.shape[-2:])
+        dtype = product_dtype(h)
+        h = h.to(dtype)
+        G = self.model.patch_size ** 2
+        weights = head.weight.to(dtype).chunk(G)    # [K,D] each
+        biases = head.bias.to(dtype).chunk(G)
+        for W, b in zip(weights, biases):
+            n = chunk_rows(len(W), h.device)
+            for x in h.split(n):
+                logits = F.linear(x, W, b)
+                yield logits.float()
 
-    def mean(self, z: Tensor, t: Tensor, y: Tensor, tau=1.0, cfg=1.0) -> Tensor:
-        """Compute mu = sum_k pi_k e_k [B,d,h,w] at z [B,d,h,w], with one chunk of pi at a time."""
+    def on_grid(self, rows):
+        """Arrange what was made of outputs(), a list of [n,C], on the grid: [B,h,w,C]."""
         p = self.model.patch_size
-        E = self.codebook
-        h = self.guided(z, t, y, cfg)
-        mu = E.new_empty(len(h), p * p, E.shape[1])         # [BN,G,d]
-        with torch.autocast(z.device.type, enabled=False):  # float32 island: pi @ E
-            for place, logits in self.logits(h):
-                pi = torch.softmax(logits / tau, 1)         # [n,K]
-                mu[place] = pi @ E
-        mu = to_grid(mu, p, z.shape[2:])
-        return mu.movedim(-1, 1)
-
-    def velocity(self, z: Tensor, t: Tensor, y: Tensor, tau=1.0, cfg=1.0) -> Tensor:
-        """Compute v = (mu - z) / (1 - t) (Eq. 13): [B,d,h,w]."""
-        mu = self.mean(z, t, y, tau, cfg)
-        t = t.view(-1, 1, 1, 1)
-        return (mu - z) / (1 - t)
-
-    @torch.no_grad()
-    def sample(self, y: Tensor, steps=100, tau=0.9, cfg=1.0, noise=None, order=1, interval=(0, 1),
-               start=0.0, known=None) -> Tensor:
-        """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w]: T Euler steps, T calls.
-
-        The authors' release takes T - 1 steps and divides by 1 - t + 1e-6; here the last step lands
-        on mu. Beyond the paper: order 2, see bend(), needs about ten steps; interval, the times to
-        guide at (arXiv 2404.07724); start, the time at which `noise` lies on the path; known, codes
-        to end in, -1 where free.
-        """
-        z = self.prior(len(y)) if noise is None else noise
-        last = None  # time and mu of the last call
-        for s in range(steps):
-            t = start + (1 - start) * s / steps
-            after = start + (1 - start) * (s + 1) / steps
-            time = torch.full((len(y),), t, device=z.device)
-            guidance = cfg if interval[0] <= t <= interval[1] else 1.0
-            v = self.velocity(z, time, y, tau, guidance)
-            if known is not None:
-                z1 = self.embed(known.clamp(0))
-                v = torch.where(known.unsqueeze(1) < 0, v, (z1 - z) / (1 - t))
-            if order == 2:
-                mu = z + (1 - t) * v
-                if last:
-                    slope = (mu - last[1]) / (t - last[0])
-                    v = v + bend(t, after) * slope
-                last = t, mu
-            z = z + (after - t) * v
-        codes = self.nearest(z)
-        if known is not None:
-            codes = torch.where(known < 0, codes, known)
-        return codes
-
-    @torch.no_grad()
-    def nearest(self, z: Tensor) -> Tensor:
-        """Find the nearest codes, argmin_k |z - e_k|, of z [B,d,h,w]: [B,h,w]."""
-        E = self.codebook
-        e2 = E.square().sum(1)
-        rows = z.movedim(1, -1).flatten(0, 2)  # [Bhw,d]
-        codes = rows.new_empty(len(rows), dtype=torch.long)
-        with torch.autocast(z.device.type, enabled=False):  # float32 island: distances
-            for some, _ in chunks(len(rows), 1, len(E), z.device):
-                # without |z|^2, the same for all k
-                distances = torch.addmm(e2, rows[some], E.T, alpha=-2)
-                codes[some] = distances.argmin(1)
-        return codes.view(len(z), *z.shape[2:])
-
-
-def bend(t, after):
-    """Return the weight w of mu's slope in a step from t to `after` (as DEIS, arXiv 2204.13902).
-
-    For mu + slope (u - t), dz/du = (mu - z) / (1 - u) is solved by an Euler step along v + w slope.
-    In the last step, w = 1 would overshoot, as mu comes to rest; half of it is best (measured).
-    """
-    if after == 1:
-        return 0.5
-    r = (1 - t) / (1 - after)
-    return 1 - math.log(r) / (r - 1)
+        side = self.model.input_size // p
+        x = torch.cat(rows)                         # [GBN,C]
+        x = x.unflatten(0, (p, p, -1, side, side))  # [p,p,B,h/p,w/p,C]
+        x = x.permute(2, 3, 0, 4, 1, 5)             # [B,h/p,p,w/p,p,C]
+        return x.flatten(3, 4).flatten(1, 2)
 
 
 # ---------- the baselines
@@ -226,51 +187,55 @@ def bend(t, after):
 class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
 
-    Path and network are Purrception's, but the head returns a velocity, d numbers per position.
-    There is no posterior, hence no tau, and sample() takes cfg by keyword only.
+    The head returns d numbers per position. There is no posterior, hence no tau: it must be None.
     """
 
-    posterior = mean = None
+    posterior = None
 
-    def __init__(self, model: nn.Module, codebook: Tensor, label_dropout=0.1):
+    def __init__(self, model, codebook, label_dropout=0.1):
         super().__init__(model, codebook, label_dropout=label_dropout)
 
-    def loss(self, z: Tensor, t: Tensor, y: Tensor, codes: Tensor) -> tuple[Tensor, dict]:
-        """Compute the mean of (v - (z1 - z0))^2 at the point z [B,d,h,w] of the path."""
+    def loss(self, z, t, y, codes):
+        """Compute the mean of (v - (z1 - z0))^2."""
+        v = self.velocity(z, t, y)
         z1 = self.embed(codes)
-        straight = (z1 - z) / (1 - t.view(-1, 1, 1, 1))  # z1 - z0
-        mse = F.mse_loss(self.velocity(z, t, y), straight)
+        t = t.view(-1, 1, 1, 1)
+        straight = (z1 - z) / (1 - t)               # z1 - z0
+        mse = F.mse_loss(v, straight)
         return mse, {"mse": mse.detach()}
 
-    def velocity(self, z: Tensor, t: Tensor, y: Tensor, tau=None, cfg=1.0) -> Tensor:
-        """Compute the network's velocity at z [B,d,h,w], guided: [B,d,h,w]. tau must be None."""
-        assert tau is None, "CFM has no temperature"
-        p = self.model.patch_size
-        h = self.guided(z, t, y, cfg)
-        v = at_least_float32(self.model.final_layer.linear(h))  # [BN,G*d]
-        v = v.unflatten(1, (p * p, -1))
-        v = to_grid(v, p, z.shape[2:])
-        return v.movedim(-1, 1)
+    def sample(self, y, steps=100, tau=None, cfg=1.0, noise=None):
+        return super().sample(y, steps, tau, cfg, noise)
 
-    def sample(self, y: Tensor, steps=100, *, cfg=1.0, **others) -> Tensor:
-        """Sample codes [B,h,w] as Purrception does."""
-        return super().sample(y, steps, None, cfg, **others)
+    def velocity(self, z, t, y, tau=None, cfg=1.0):
+        return self.regressed(z, t, y, tau, cfg)
+
+    def mean(self, z, t, y, tau=None, cfg=1.0):
+        v = self.velocity(z, t, y, tau, cfg)
+        t = t.view(-1, 1, 1, 1)
+        return z + (1 - t) * v
+
+    def regressed(self, z, t, y, tau, cfg):
+        """Return the network's guided outputs: [B,d,h,w]."""
+        assert tau is None, "a regression has no posterior, hence no temperature"
+        rows = list(self.outputs(z, t, y, cfg))     # [n,d] each
+        return self.on_grid(rows).movedim(-1, 1)
 
 
 class Endpoint(CFM):
     """Regress z1, as the authors' release can: the network returns mu, and v follows (Eq. 13)."""
 
     def loss(self, z, t, y, codes):
-        """Compute the mean of (mu - z1)^2 at the point z [B,d,h,w] of the path."""
-        mse = F.mse_loss(self.mean(z, t, y), self.embed(codes))
+        """Compute the mean of (mu - z1)^2."""
+        mu = self.mean(z, t, y)
+        z1 = self.embed(codes)
+        mse = F.mse_loss(mu, z1)
         return mse, {"mse": mse.detach()}
 
     def mean(self, z, t, y, tau=None, cfg=1.0):
-        """Compute the network's mu, guided: [B,d,h,w]. tau must be None."""
-        return super().velocity(z, t, y, tau, cfg)
+        return self.regressed(z, t, y, tau, cfg)
 
     def velocity(self, z, t, y, tau=None, cfg=1.0):
-        """Compute (mu - z) / (1 - t)."""
         return Purrception.velocity(self, z, t, y, tau, cfg)
 
 
@@ -278,12 +243,12 @@ class DFM(Purrception):
     """Unmask codes one by one: masked discrete flow matching (Gat et al. 2024, arXiv 2407.15595).
 
     A state is a grid of codes in which K means "masked"; at time t a position is masked with
-    probability 1 - t. The network is Purrception's, with a first layer added that embeds codes.
+    probability 1 - t. Loss and network are Purrception's, with a first layer that embeds codes.
     """
 
     mean = velocity = None
 
-    def __init__(self, model: nn.Module, codebook: Tensor, z_loss=1e-5, label_dropout=0.1):
+    def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
         super().__init__(model, codebook, z_loss, label_dropout)
         embedder = CodeEmbedder(len(codebook) + 1, model.in_channels)
         model.x_embedder = nn.Sequential(embedder, model.x_embedder)
@@ -292,44 +257,45 @@ class DFM(Purrception):
         """Draw two uniform numbers per position, [B,2,h,w]: when it is unmasked, and as what."""
         side = self.model.input_size
         device = generator.device if generator else self.codebook.device
-        return torch.rand((B, 2, side, side), generator=generator, device=device)
+        return torch.rand(B, 2, side, side, generator=generator, device=device)
 
     def path(self, z0, codes, t):
-        """Mask the codes [B,h,w] that are unmasked after t: [B,h,w] in 0..K."""
+        """Mask the codes [B,h,w] that are unmasked after t [B]: [B,h,w] in 0..K."""
         t = t.view(-1, 1, 1)
         return torch.where(z0[:, 0] < t, codes, len(self.codebook))
 
     @torch.no_grad()
-    def sample(self, y: Tensor, steps=100, tau=1.0, cfg=1.0, noise=None) -> Tensor:
+    def sample(self, y, steps=100, tau=1.0, cfg=1.0, noise=None):
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
         A step of 1/T turns a masked position into code k with probability pi_k / (T (1 - t)).
         So a position is unmasked in the step that contains its first uniform number; its second
-        draws the code from pi.
+        draws the code from pi. The release also masks codes again, and ends with arg max.
         """
         noise = self.prior(len(y)) if noise is None else noise
-        when, which = noise.unbind(1)  # [B,h,w] each
-        p = self.model.patch_size
+        when, which = noise.unbind(1)                       # [B,h,w] each
+        uniform = to_tokens(which, self.model.patch_size)   # [B,N,G]
+        uniform = uniform.flatten(0, 1).T.flatten()         # in the order of outputs()
         masked = len(self.codebook)
-        uniform = to_tokens(which, p).flatten(0, 1)  # [BN,G]
-        z = torch.full_like(when, masked, dtype=torch.long)  # [B,h,w]
+        z = torch.full_like(when, masked, dtype=torch.long)
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
-            h = self.guided(z, t, y, cfg)
-            drawn = torch.empty_like(uniform, dtype=torch.long).unsqueeze(2)
-            for place, logits in self.logits(h):
-                pi = torch.softmax(logits / tau, 1)  # [n,K]
-                drawn[place] = pick(pi, uniform[place])
-            drawn = to_grid(drawn, p, z.shape[1:]).squeeze(-1)
-            due = (z == masked) & (when < (s + 1) / steps)
-            z = torch.where(due, drawn, z)
+            drawn = []
+            rest = uniform
+            for logits in self.outputs(z, t, y, cfg):       # [n,K]
+                pi = torch.softmax(logits / tau, 1)
+                drawn.append(pick(pi, rest[:len(pi)]))
+                rest = rest[len(pi):]
+            drawn = self.on_grid(drawn).squeeze(-1)
+            due = when < (s + 1) / steps
+            z = torch.where(due & (z == masked), drawn, z)
         return z
 
 
 def pick(pi, uniform):
     """Draw codes [n,1] from pi [n,K]: the first whose running total exceeds uniform [n]."""
     total = pi.cumsum(1)
-    goal = uniform[:, None] * total[:, -1:]  # the last total is 1 up to rounding
+    goal = uniform[:, None] * total[:, -1:]     # the last total is 1 up to rounding
     return torch.searchsorted(total, goal, right=True)
 
 
@@ -352,7 +318,89 @@ OBJECTIVES = {
 }
 
 
-# ---------- tokens and positions
+# ---------- beyond the paper
+
+@torch.no_grad()
+def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2, interval=(0, 1),
+                  start=0.0, known=None):
+    """Sample codes [B,h,w] as flow.sample does, for any method that has a mean; and also:
+
+    order: 2 takes mu as linear in t through the last two calls, so that ten calls are enough.
+    interval: the times at which to guide (arXiv 2404.07724); the other calls cost half.
+    start: the time at which the noise [B,d,h,w] lies on the path, to go on from a picture.
+    known: codes [B,h,w] to end in, -1 where any may be chosen.
+    """
+    if known is None:
+        known = torch.full_like(y, -1).view(-1, 1, 1)
+    free = known < 0
+    z1 = flow.embed(known.clamp(0))
+    z = flow.prior(len(y)) if noise is None else noise
+    low, high = interval
+    for s in range(steps):
+        t = start + (1 - start) * s / steps
+        after = start + (1 - start) * (s + 1) / steps
+        times = torch.full((len(y),), t, device=z.device)
+        guidance = cfg if low <= t <= high else 1.0
+        mu = flow.mean(z, times, y, tau, guidance)
+        mu = torch.where(free.unsqueeze(1), mu, z1)
+        v = (mu - z) / (1 - t)
+        if order == 2 and s > 0:
+            slope = (mu - last_mu) / (t - last_t)
+            v = v + slope_weight(t, after) * slope
+        last_t = t
+        last_mu = mu
+        z = z + (after - t) * v
+    codes = flow.nearest(z)
+    return torch.where(free, codes, known)
+
+
+def slope_weight(t, after):
+    """Return the weight w of mu's slope in a step from t to `after` (as DEIS, arXiv 2204.13902).
+
+    An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). In
+    the last step w = 1 would overshoot, as mu comes to rest: 0.5 measured best.
+    """
+    if after == 1:
+        return 0.5
+    r = (1 - t) / (1 - after)
+    return 1 - math.log(r) / (r - 1)
+
+
+def logit_normal(t):
+    """Turn uniform times into times with logit(t) ~ N(0, 1) (arXiv 2403.03206), by quantile."""
+    return torch.sigmoid(torch.special.ndtri(t))
+
+
+@torch.no_grad()
+def geometric_head(flow):
+    """Start the head so that codes with near vectors have near logits; DiT starts it at zero.
+
+    logit_k = h A phi_k,  phi_k = (e_k, e_k^2) standardised over codes,  A ~ N(0, 1/D)
+    """
+    E = flow.codebook
+    phi = torch.cat([E, E.square()], 1)
+    phi = (phi - phi.mean(0)) / phi.std(0).clamp(min=1e-6)  # [K,2d]
+    head = flow.model.final_layer.linear
+    D = head.in_features
+    for W in head.weight.split(len(E)):                     # [K,D]
+        A = torch.randn(phi.shape[1], D, device=E.device)
+        W.copy_(phi @ A / D ** 0.5)
+
+
+# ---------- codes
+
+def nearest_code(z, E):
+    """Find argmin_k |z - e_k| for every row of z [N,d] among the rows of E [K,d]: int64 [N]."""
+    e2 = E.square().sum(1)
+    # A CPU keeps 1 MiB of distances in its cache; a GPU wants large products.
+    n = max(1, (2 ** 26 if z.is_cuda else 2 ** 18) // len(E))
+    codes = []
+    with torch.autocast(z.device.type, enabled=False):          # float32 island
+        for rows in z.split(n):                                 # |z|^2 is the same for all k
+            distances = torch.addmm(e2, rows, E.T, alpha=-2)    # [n,K]
+            codes.append(distances.argmin(1))
+    return torch.cat(codes)
+
 
 def to_tokens(codes, p):
     """Reorder codes [B,h,w] to the network's patches: [B,N,G]."""
@@ -361,30 +409,15 @@ def to_tokens(codes, p):
     return codes.transpose(2, 3).reshape(B, -1, p * p)
 
 
-def to_grid(x, p, grid):
-    """Undo to_tokens, for vectors x [BN,G,C] on a grid (h, w): [B,h,w,C]."""
-    h, w = grid
-    C = x.shape[-1]
-    x = x.view(-1, h // p, w // p, p, p, C)
-    return x.transpose(2, 3).reshape(-1, h, w, C)
-
-
 # ---------- the head, in chunks
 
-CHUNK = 2 ** 22  # logits at a time, 16 MiB in float32. From 32 MiB on, malloc maps new pages
-
-
 def chunk_rows(K, device):
-    """Return how many rows of K logits to hold at a time. A GPU wants large products: 256 MiB."""
-    return max(1, CHUNK * (16 if device.type == "cuda" else 1) // K)
+    """Return how many rows of K logits to hold at a time: 256 MiB on a GPU, else 16 MiB.
 
-
-def chunks(N, G, K, device):
-    """Yield places of one chunk of logits: a slice of N tokens and one of G positions."""
-    step = chunk_rows(K, device)
-    for g in range(G):
-        for i in range(0, N, step):
-            yield slice(i, i + step), g
+    A GPU wants large products. From 32 MiB on, a CPU's malloc would map new pages.
+    """
+    numbers = 2 ** 26 if device.type == "cuda" else 2 ** 22
+    return max(1, numbers // K)
 
 
 def product_dtype(h):
@@ -395,104 +428,86 @@ def product_dtype(h):
     return h.dtype
 
 
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def linear_cross_entropy(h: Tensor, weight: Tensor, bias: Tensor, target: Tensor,
-                         z_weight=1e-5) -> tuple[Tensor, Tensor, Tensor]:
+def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
     """Apply a linear head, softmax cross-entropy and z-loss (Eq. 14, Sec. 3.3) in chunks.
 
     h [...,D]; weight [G*K,D]; bias [G*K]; target int64 [...], or [...,G] for G positions per row.
-    Returns the scalars loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2), with
-    means over positions. Only loss has gradients. Memory holds one chunk of logits and the
-    gradients.
+    Returns the scalars loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2). Only
+    loss has gradients, for one backward pass. Memory holds one chunk of logits and the gradients.
     """
-    inputs = h, weight, bias
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    apply = LinearCrossEntropy.apply
-    if torch.compiler.is_compiling():           # keep the loop out of the graph. A decorator
-        apply = torch.compiler.disable(apply)   # would import the compiler: one second
-    return apply(*inputs, target, z_weight, wanted)
+    wanted = torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(h, weight, bias, target, z_weight, wanted)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Compute the loss and its gradients in one pass; backward() only scales them."""
+    """Compute the loss and its gradients in one pass; backward() only scales them, in place."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, z_weight, wanted):
-        ctx.settings = z_weight, product_dtype(h)
-        ctx.save_for_backward(h, weight, bias, target)
-        ce, z, ctx.gradients = head_and_loss(h, weight, bias, target, *ctx.settings, wanted)
+        ce, z, gradients = head_and_loss(h, weight, bias, target, z_weight, wanted)
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(ce, z)
         return ce + z, ce, z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        gradients = ctx.gradients
-        ctx.gradients = None                    # scaled in place, not kept: 100 MB for DiT-S/2
-        if gradients is None:                   # a second backward() recomputes them
-            gradients = head_and_loss(*ctx.saved_tensors, *ctx.settings, True)[2]
-        dh, dW, db = (d.mul_(scale) for d in gradients)
-        return dh, dW, db, None, None, None
+        dh, dW, db = ctx.saved_tensors
+        return dh.mul_(scale), dW.mul_(scale), db.mul_(scale), None, None, None
 
 
-def softmax_part(logits, c, z_weight):
-    """Return logsumexp, the logit of c, scale [n,1] each, and gradient / scale [n,K].
+def head_and_loss(h, weight, bias, target, z_weight, wanted):
+    """Compute ce and z as linear_cross_entropy does and, if wanted, the gradients of ce + z.
 
-    The latter overwrites the logits. scale is left to the smaller factors of its products.
+    The gradient by one chunk of logits adds to those of h, weight and bias, and is dropped.
+    """
+    dtype = product_dtype(h)
+    exact = torch.promote_types(dtype, torch.float32)   # float32 island; float64 stays
+    rows = h.flatten(0, -2).to(dtype)                   # [R,D]
+    target = target.reshape(len(rows), -1)              # [R,G]
+    G = target.shape[1]
+    W = weight.to(dtype).unflatten(0, (G, -1))          # [G,K,D]
+    b = bias.to(dtype).unflatten(0, (G, -1))            # [G,K]
+    n = chunk_rows(W.shape[1], h.device)
+    ce = torch.zeros((), dtype=exact, device=h.device)
+    z = torch.zeros_like(ce)
+    sums = [torch.zeros_like(x, dtype=exact) for x in (rows, W, b)] if wanted else []
+
+    with torch.autocast(h.device.type, enabled=False):
+        for g in range(G):
+            for i in range(0, len(rows), n):
+                x = rows[i:i + n]                       # [n,D]
+                c = target[i:i + n, g, None]            # [n,1]
+                logits = F.linear(x, W[g], b[g])        # [n,K]
+                ce_sum, z_sum, d = loss_and_gradient(logits.to(exact), c, z_weight)
+                ce += ce_sum
+                z += z_sum
+                if wanted:
+                    dh, dW, db = sums
+                    db[g] += d.sum(0)
+                    d = d.to(dtype)
+                    dh[i:i + n] += d @ W[g]
+                    dW[g] += d.T @ x
+
+    P = target.numel()
+    gradients = []
+    for d, x in zip(sums, (h, weight, bias)):
+        d = d.div_(P).view_as(x)
+        gradients.append(d.to(x.dtype))
+    return ce / P, z / P, gradients
+
+
+def loss_and_gradient(logits, c, z_weight):
+    """Compute -log pi_c and z_weight L^2 of logits [n,K] and codes c [n,1], summed over rows.
+
+    L is the logsumexp. Also returns the gradient of both sums, which overwrites the logits.
     """
     top = logits.amax(1, keepdim=True)
     logit_c = logits.gather(1, c)
     pi = torch.softmax(logits, 1, out=logits)   # in place
-    lse = top - pi.amax(1, keepdim=True).log()  # the largest pi is exp(top - lse)
-    scale = 1 + 2 * z_weight * lse
-    return lse, logit_c, scale, pi.scatter_add_(1, c, -1 / scale)
-
-
-def compile_loss():
-    """Compile softmax_part: two passes over the logits instead of six."""
-    global softmax_part
-    softmax_part = torch.compile(softmax_part)
-
-
-def head_and_loss(h, weight, bias, target, z_weight, dtype, wanted):
-    """Compute ce and z as linear_cross_entropy does and, if wanted, the gradients of ce + z.
-
-    The gradient with respect to a position's logits, pi (1 + 2 z_weight lse) - onehot(c), adds to
-    those of h, weight and bias, and is dropped.
-    """
-    exact = torch.promote_types(dtype, torch.float32)  # float32 island; float64 stays
-    P = target.numel()
-    rows = h.flatten(0, -2).to(dtype)           # [R,D]
-    target = target.reshape(len(rows), -1)      # [R,G]
-    W = weight.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K,D]
-    b = bias.to(dtype).unflatten(0, (target.shape[1], -1))  # [G,K]
-    G, K, _ = W.shape
-    space = rows.new_empty(min(len(rows), chunk_rows(K, h.device)), K)  # less memory
-    ce, z_part = torch.zeros(2, dtype=exact, device=h.device)
-    if wanted:
-        dh = torch.zeros_like(rows, dtype=exact)
-        dW = torch.zeros_like(W, dtype=exact)
-        db = torch.zeros_like(b, dtype=exact)
-
-    with torch.autocast(h.device.type, enabled=False):
-        for some, g in chunks(len(rows), G, K, h.device):
-            x = rows[some]                                  # [n,D]
-            c = target[some, g, None]                       # [n,1]
-            logits = torch.addmm(b[g], x, W[g].T, out=space[:len(x)])  # [n,K]
-            lse, logit_c, scale, grad = softmax_part(logits.to(exact), c, z_weight)
-            ce += (lse - logit_c).sum()  # -log pi_c
-            z_part += z_weight * lse.square().sum()
-            if wanted:
-                db[g] += torch.mv(grad.T, scale.squeeze(1))
-                grad = grad.to(dtype)
-                dh[some] += scale * (grad @ W[g])
-                dW[g] += grad.T @ (scale * x).to(dtype)
-
-    gradients = None
-    if wanted:
-        pairs = (dh, h), (dW, weight), (db, bias)
-        gradients = [d.div_(P).view_as(x).to(x.dtype) for d, x in pairs]
-    return ce / P, z_part / P, gradients
+    L = top - pi.amax(1, keepdim=True).log()    # the largest pi is exp(top - L)
+    ce = L - logit_c
+    z = z_weight * L.square()
+    d = pi.mul_(1 + 2 * z_weight * L)           # d = pi (1 + 2 w L) - onehot(c)
+    d.scatter_add_(1, c, torch.full_like(L, -1))
+    return ce.sum(), z.sum(), d

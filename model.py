@@ -1,20 +1,20 @@
 """The network: a Diffusion Transformer (DiT) that maps a noisy latent to K logits per position.
 
-    x [B,d,h,w] --patches--> tokens [B,N,D]            N = (h/p)(w/p) patches of p x p positions
-    c = embed(t) + embed(y)                            the condition: time and class
-    x <- x + gate * attention(modulate(norm(x)))       adaLN-Zero block, repeated `depth` times;
-    x <- x + gate * mlp(modulate(norm(x)))             shift, scale and gate are linear in silu(c)
-    logits = linear(modulate(norm(x)))                 p*p*K numbers per token, K per position
+    x [B,d,h,w] --patches--> tokens [B,N,D]         N = (h/p)(w/p) patches of p x p positions
+    cond = embed(t) + embed(y)                      the condition: time and class
+    x <- x + gate * attention(modulate(norm(x)))    adaLN-Zero block, repeated `depth` times;
+    x <- x + gate * mlp(modulate(norm(x)))          shift, scale, gate are linear in silu(cond)
+    logits = linear(modulate(norm(x)))              p*p*K numbers per token, K per position
 
-Key names and layouts are those of facebookresearch/DiT (arXiv 2212.09748), whose weights load strictly.
+Key names and layouts are those of facebookresearch/DiT (arXiv 2212.09748): its weights load.
 
-Shapes: B batch, d code dimension, h w grid, p patch side, N tokens, D width, K codes (out_channels).
+Shapes: B batch, d code dimension, h w grid, p patch side, N tokens, D width, K codes.
 """
 import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 WIDTHS = {
     "S": dict(depth=12, hidden_size=384, num_heads=6),
@@ -48,19 +48,15 @@ def sincos_2d(width, side):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed times t [B] as vectors [B,D]: 128 cosines and 128 sines of t, then an MLP, in float32."""
+    """Embed times t [B] as vectors [B,D]: cosines and sines of t, then an MLP, in float32."""
 
     def __init__(self, width, channels=256):
         super().__init__()
         self.half = channels // 2
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, width),
-            nn.SiLU(),
-            nn.Linear(width, width),
-        )
+        self.mlp = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t):
-        # float32 island: bf16 keeps two digits of t; the authors' release embeds t in bf16
+        # float32 island: bf16, in which the authors' release embeds t, keeps two digits of it.
         with torch.autocast(t.device.type, enabled=False):
             steps = torch.arange(self.half, device=t.device)
             frequencies = torch.exp(-math.log(10000) / self.half * steps)
@@ -99,8 +95,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        qkv = self.qkv(x).unflatten(2, (3 * self.num_heads, -1)).chunk(3, 2)
-        q, k, v = (part.transpose(1, 2) for part in qkv)  # [B,heads,N,D/heads] each
+        qkv = self.qkv(x).unflatten(2, (3 * self.num_heads, -1))
+        q, k, v = qkv.transpose(1, 2).chunk(3, 1)   # [B,heads,N,D/heads] each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
 
@@ -116,7 +112,7 @@ class Mlp(nn.Module):
 
 
 def adaln(width, parts):
-    """Make the layer that maps a condition [B,D] to `parts` shifts, scales or gates: [B,parts*D]."""
+    """Map a condition [B,D] to `parts` shifts, scales or gates: [B,parts*D]."""
     return nn.Sequential(nn.SiLU(), nn.Linear(width, parts * width))
 
 
@@ -133,12 +129,11 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaLN_modulation = adaln(width, 6)
 
-    def forward(self, x, c):  # x [B,N,D], c [B,D]
-        parts = self.adaLN_modulation(c).unsqueeze(1).chunk(6, 2)  # [B,1,D] each
+    def forward(self, x, cond):     # x [B,N,D], cond [B,D]
+        parts = self.adaLN_modulation(cond).unsqueeze(1).chunk(6, 2)    # [B,1,D] each
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
-        # x + gate * ..., in less memory
-        x = torch.addcmul(x, gate1, self.attn(modulate(self.norm1(x), shift1, scale1)))
-        x = torch.addcmul(x, gate2, self.mlp(modulate(self.norm2(x), shift2, scale2)))
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
         return x
 
 
@@ -151,13 +146,13 @@ class FinalLayer(nn.Module):
         self.linear = nn.Linear(width, outputs)
         self.adaLN_modulation = adaln(width, 2)
 
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, 2)
+    def forward(self, x, cond):
+        shift, scale = self.adaLN_modulation(cond).unsqueeze(1).chunk(2, 2)
         return modulate(self.norm_final(x), shift, scale)
 
 
 class DiT(nn.Module):
-    """Map a noisy latent, a time and a class to logits. The defaults are DiT-XL/2 on vq-f8's codes."""
+    """Map a noisy latent, a time and a class to logits. The defaults: DiT-XL/2 on vq-f8's codes."""
 
     def __init__(
         self,
@@ -202,19 +197,20 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def hidden(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def hidden(self, x, t, y):
         """Compute the features [B,N,D] that the head reads.
 
         x [B,d,h,w] float; t [B] in [0,1); y [B] int64 in 0..num_classes.
         """
-        x = self.pos_embed + self.x_embedder(x)             # [B,N,D]. A sum has its first operand's layout
-        c = self.t_embedder(t) + self.y_embedder(y)         # [B,D]
+        # pos_embed comes first: a sum takes the layout of its first operand, here contiguous.
+        x = self.pos_embed + self.x_embedder(x)         # [B,N,D]
+        cond = self.t_embedder(t) + self.y_embedder(y)  # [B,D]
         for block in self.blocks:
-            x = block(x, c)
-        return self.final_layer(x, c)
+            x = block(x, cond)
+        return self.final_layer(x, cond)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Compute the logits [B,h,w,K] of x [B,d,h,w]. The class axis is last and contiguous."""
+    def forward(self, x, t, y):
+        """Compute the logits [B,h,w,K] of x [B,d,h,w], contiguous."""
         p = self.patch_size
         side = self.input_size // p
         logits = self.final_layer.linear(self.hidden(x, t, y))  # [B,N,p*p*K]
