@@ -1,28 +1,24 @@
 """Compute the Fréchet Inception distance (FID) between two sets of images.
 
-An image gives 2048 features, the last pooling of an Inception network. A set gives their mean mu
-and covariance S. The distance is that of the two Gaussians:
+The distance is that of two Gaussians, of the mean mu and covariance S of 2048 Inception features:
 
-    FID = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)
+    FID = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)            (arXiv 1706.08500)
 
     python fid.py samples/                                             sample.py's own reference
     python fid.py samples/ --ref imagenet/val --size 256               the paper's protocol
     python fid.py imagenet/val --size 256 --save-stats val.npz         statistics, for --ref
     python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz    ADM's reference batch
 
-A set is a folder of images, searched recursively, or an .npz of uint8 images (arr_0, [N,H,W,3]) or
-of statistics (mu, sigma). The number is torch-fidelity's on the same images and weights. Untrained
-features are those of random weights: they rank the demo's results, but their distance is not FID.
+A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or of statistics (mu,
+sigma). The number is torch-fidelity's on the same images and weights. For the demo, the weights are
+random: such features rank its results, but their distance is not FID.
 
-References: FID (arXiv 1706.08500); Inception v3 (arXiv 1512.00567), as frozen by TensorFlow in 2015
-and ported by mseitzer/pytorch-fid and toshas/torch-fidelity; resizing (arXiv 2104.11222).
-Shapes: B batch, N images, C channels, H W pixels, D features (2048).
+Shapes: B batch, N images, C channels, H W pixels, D features.
 """
 import argparse
 import functools
 import json
 import re
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -36,10 +32,9 @@ from vq import InputError, crop, find_images, one_line, read_ahead, read_image, 
 
 URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
-LABELS = {
-    "inception": "FID on Inception features",
-    "untrained": "Fréchet distance on untrained features (not FID)",
-}
+BATCH = 32
+LABELS = {"inception": "FID on Inception features",
+          "untrained": "Fréchet distance on untrained features (not FID)"}
 
 
 # ---------- the network
@@ -62,7 +57,7 @@ class Branches(nn.ModuleDict):
 
 
 Chain = nn.Sequential
-MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # as TensorFlow: without the padding
+MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # as TensorFlow, unlike torchvision
 MAX = nn.MaxPool2d(3, 1, 1)
 HALVE = nn.MaxPool2d(3, 2)
 DOWN = dict(stride=2, padding="valid")
@@ -79,32 +74,34 @@ def block_a(c, c_pool):  # Mixed_5b, 5c, 5d
 def block_b(c):  # Mixed_6a
     return Branches({
         "branch3x3": Conv(c, 384, 3, **DOWN),
-        "branch3x3dbl": Chain(Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, **DOWN)),
+        "branch3x3dbl": Chain(
+            Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, **DOWN)),
         "pool": HALVE})
 
 
 def block_c(c, m):  # Mixed_6b to 6e
     return Branches({
         "branch1x1": Conv(c, 192, 1),
-        "branch7x7": Chain(Conv(c, m, 1), Conv(m, m, (1, 7)), Conv(m, 192, (7, 1))),
-        "branch7x7dbl": Chain(
-            Conv(c, m, 1), Conv(m, m, (7, 1)), Conv(m, m, (1, 7)), Conv(m, m, (7, 1)),
-            Conv(m, 192, (1, 7))),
+        "branch7x7": Chain(
+            Conv(c, m, 1), Conv(m, m, (1, 7)), Conv(m, 192, (7, 1))),
+        "branch7x7dbl": Chain(Conv(c, m, 1), Conv(m, m, (7, 1)), Conv(m, m, (1, 7)),
+                              Conv(m, m, (7, 1)), Conv(m, 192, (1, 7))),
         "branch_pool": Chain(MEAN, Conv(c, 192, 1))})
 
 
 def block_d(c):  # Mixed_7a
     return Branches({
         "branch3x3": Chain(Conv(c, 192, 1), Conv(192, 320, 3, **DOWN)),
-        "branch7x7x3": Chain(
-            Conv(c, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
-            Conv(192, 192, 3, **DOWN)),
+        "branch7x7x3": Chain(Conv(c, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
+                             Conv(192, 192, 3, **DOWN)),
         "pool": HALVE})
 
 
 def block_e(c, pool):  # Mixed_7b with MEAN, Mixed_7c with MAX
     def fork():
-        return Branches({"a": Conv(384, 384, (1, 3)), "b": Conv(384, 384, (3, 1))})
+        return Branches({
+            "a": Conv(384, 384, (1, 3)),
+            "b": Conv(384, 384, (3, 1))})
 
     return Branches({
         "branch1x1": Conv(c, 320, 1),
@@ -114,11 +111,7 @@ def block_e(c, pool):  # Mixed_7b with MEAN, Mixed_7c with MAX
 
 
 class InceptionV3(nn.Sequential):
-    """Compute FID's features: uint8 images [B,3,H,W] of any size to float32 [B,2048].
-
-    This is not torchvision's network: average pools exclude the padding, the last block has a max
-    pool, and fc, which is not used, has 1008 classes.
-    """
+    """Map uint8 images [B,3,H,W] to FID's features [B,2048] (Inception v3, arXiv 1512.00567)."""
 
     def __init__(self):
         super().__init__(OrderedDict(
@@ -140,21 +133,21 @@ class InceptionV3(nn.Sequential):
             Mixed_7a=block_d(768),
             Mixed_7b=block_e(1280, MEAN),
             Mixed_7c=block_e(2048, MAX),
-            fc=nn.Linear(2048, 1008)))
+            fc=nn.Linear(2048, 1008)))  # in the published file, but not used
 
     @torch.inference_mode()
     def forward(self, x):
         if x.dtype != torch.uint8:
             raise TypeError(f"InceptionV3 takes uint8 pixels from 0 to 255, not {x.dtype}")
-        x = (resize(x.float()) - 128) / 128                               # [B,3,299,299]
+        x = (resize(x.float()) - 128) / 128  # [B,3,299,299]
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 is too coarse
             for layer in list(self)[:-1]:
-                x = layer(x)                                              # last: [B,2048,8,8]
-        return x.mean((2, 3))                                             # [B,2048]
+                x = layer(x)
+        return x.mean((2, 3))  # [B,2048,8,8] to [B,2048]
 
     def freeze(self):
-        """Fold batch norms into convolutions, use channels-last: 2.2x faster on a CPU core."""
+        """Fold batch norms into convolutions, use channels-last: 2.2x faster on a CPU."""
         self.eval().requires_grad_(False)
         for module in self.modules():
             if isinstance(module, Conv):
@@ -164,10 +157,7 @@ class InceptionV3(nn.Sequential):
 
 
 def resize(x, size=299):
-    """Interpolate [B,C,H,W] linearly as TensorFlow 1: output row i is at input row i * H / size.
-
-    There is no half-pixel shift and no antialiasing.
-    """
+    """Interpolate [B,C,H,W] as TensorFlow 1 did: output row i lies at input row i * H / size."""
     for dim in (3, 2):
         n = x.shape[dim]
         scale = torch.tensor(n / size, device=x.device)
@@ -184,7 +174,7 @@ def resize(x, size=299):
 # ---------- its weights
 
 def our_name(key):
-    """Rename a published key. There, branch steps count from 1, and pools do not count."""
+    """Rename a published key: there, steps of a branch count from 1, and pools do not count."""
     key = key.replace(".branch_pool.", ".branch_pool.1.")
     step = re.search(r"(\.branch\w+)_(\d)([ab]?)\.", key)
     if not step:
@@ -195,29 +185,22 @@ def our_name(key):
 
 
 def load_inception(path=None):
-    """Load a frozen InceptionV3 with published weights: path, torch's hub cache, or a download.
-
-    Raises InputError if the file does not fit exactly.
-    """
-    twin = Path(torch.hub.get_dir(), "checkpoints", "pt_inception-2015-12-05-6726825d.pth")
-    if not path and twin.exists():  # pytorch-fid's name of the same file
-        path = twin
+    """Load a frozen InceptionV3 from path, torch's hub cache, or a download."""
     net = InceptionV3()
-    safely = dict(map_location="cpu", weights_only=True)
     try:
         if path:
-            state = torch.load(path, **safely)
+            state = torch.load(path, "cpu", weights_only=True)
         else:
-            state = torch.hub.load_state_dict_from_url(URL, check_hash=True, **safely)
+            state = torch.hub.load_state_dict_from_url(
+                URL, map_location="cpu", check_hash=True, weights_only=True)
         net.load_state_dict({our_name(key): value.float() for key, value in state.items()})
-    except Exception as error:      # offline, damaged, another network's
-        raise InputError(f"{path or URL}: cannot be loaded ({one_line(error)}); give {URL} with "
-                         "--weights")
+    except Exception as error:
+        raise InputError(f"--weights {path}: {one_line(error)}; give {URL}")
     return net.freeze()
 
 
 def untrained_inception(seed=0):
-    """Build a frozen InceptionV3 with Kaiming-normal weights drawn from the seed."""
+    """Build a frozen InceptionV3 with random weights, drawn from the seed."""
     generator = torch.Generator().manual_seed(seed)
     net = InceptionV3()
     for module in net.modules():
@@ -229,7 +212,7 @@ def untrained_inception(seed=0):
 # ---------- the distance
 
 def statistics(features):
-    """Compute mean [D] and covariance [D,D] (divided by N - 1) of features [N,D], in float64."""
+    """Compute mean [D] and covariance [D,D] of features [N,D], in float64."""
     x = np.array(features, dtype=np.float64)
     mu = x.mean(0)
     x -= mu
@@ -239,18 +222,18 @@ def statistics(features):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """Compute FID from means [D] and covariances [D,D], in float64.
 
-    For R R^T = S1, the eigenvalues of S1 S2 are those of R^T S2 R. They are real, as that matrix is
-    symmetric, and negative only by rounding. Raises ValueError if shapes or numbers are unusable.
+    For R R^T = S1, the eigenvalues of S1 S2 are those of R^T S2 R, which is symmetric: they are
+    real, and negative only by rounding. Raises ValueError for unusable numbers.
     """
     mu1, sigma1, mu2, sigma2 = (np.asarray(x, np.float64) for x in (mu1, sigma1, mu2, sigma2))
-    if not mu1.shape * 2 == mu2.shape * 2 == sigma1.shape == sigma2.shape:
-        raise ValueError("the means and covariances are of different sizes")
     values, vectors = np.linalg.eigh(sigma1)
     R = vectors * np.sqrt(values.clip(min=0))
     values = np.linalg.eigvalsh(R.T @ sigma2 @ R)
     tr_sqrt = np.sqrt(values.clip(min=0)).sum()
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * tr_sqrt
+    if not np.isfinite(distance):
+        raise ValueError("the statistics are not finite")
     return max(float(distance), 0.0)  # of a set to itself, -1e-12 by rounding
 
 
@@ -258,25 +241,23 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 @functools.cache
 def network(features, weights, device):
-    """Build the feature network, once, when images need it."""
     net = untrained_inception() if features == "untrained" else load_inception(weights)
     return net.to(device)
 
 
 def read_npz(path, features):
-    """Return the statistics of these features in an .npz, (mu, sigma, N or None), or its images."""
+    """Return an .npz's statistics of these features, mu, sigma and N, or else its images."""
     try:
-        with open(path, "rb") as f, np.load(f) as file:    # lazily: ADM's images stay on the disk
-            kind = str(file.get("features", "inception"))  # foreign files do not say
-            if "mu" in file and kind == features:
-                return file["mu"], file["sigma"], int(file.get("count", 0)) or None
+        with open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's images stay on the disk
+            if "mu" in file and str(file.get("features", "inception")) == features:
+                return file["mu"], file["sigma"], int(file.get("count", 0))
             images = file["arr_0"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
         return images
     except Exception as error:
-        raise InputError(f"{path}: not a folder, nor an .npz of images (arr_0, uint8 [N,H,W,3]) or "
-                         f"statistics (mu, sigma) of {features} features ({one_line(error)})")
+        raise InputError(f"{path}: no images (arr_0, uint8 [N,H,W,3]) or statistics (mu, sigma) of "
+                         f"{features} features: {one_line(error)}")
 
 
 def read_folder(paths, args):
@@ -285,9 +266,8 @@ def read_folder(paths, args):
         image = read_image(path)
         return crop(image, args.size) if args.size else np.asarray(image)
 
-    batches = [paths[i:i + args.batch_size] for i in range(0, len(paths), args.batch_size)]
     shape = read(paths[0]).shape
-    for names, images in zip(batches, read_ahead(read, batches)):
+    for names, images in read_ahead(read, paths, BATCH):
         for name, image in zip(names, images):
             if image.shape != shape:
                 raise InputError(f"{name}: is {image.shape}, {paths[0]} is {shape}; use --size")
@@ -295,32 +275,34 @@ def read_folder(paths, args):
 
 
 def measure(path, features, args):
-    """Return mu, sigma and N (None if unknown) of a folder or an .npz."""
+    """Return mu, sigma and N (0 if unknown) of a folder or an .npz."""
     images = find_images(path) if path.is_dir() else read_npz(path, features)
-    if isinstance(images, tuple):              # statistics
+    if isinstance(images, tuple):  # statistics
         return images
     if len(images) < 2:
         raise InputError(f"{path}: holds {len(images)} images; a covariance needs two")
-    batches = read_folder(images, args) if path.is_dir() else np.split(
-        images, range(args.batch_size, len(images), args.batch_size))
+    if path.is_dir():
+        batches = read_folder(images, args)
+    else:
+        batches = (images[i:i + BATCH] for i in range(0, len(images), BATCH))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     net = network(features, args.weights, device)
     rows = []
     with tqdm(total=len(images), desc=str(path), unit=" images", disable=None) as bar:
         for pixels in batches:
-            x = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+            x = torch.from_numpy(pixels).to(device).movedim(3, 1)
             rows.append(net(x).cpu().numpy())  # [B,D]
             bar.update(len(pixels))
     return *statistics(np.concatenate(rows)), len(images)
 
 
 def recorded(samples):
-    """Return what sample.py recorded beside the samples, a dictionary; {} if nothing."""
+    """Return what sample.py recorded beside the samples, or {}."""
     path = samples.absolute()
     name = path.stem if path.suffix == ".npz" else path.name
     try:
         record = json.loads(path.with_name(f"{name}.json").read_text())
-        return record if record["features"] in LABELS and record["num_samples"] > 0 else {}
+        return record if record["features"] in LABELS else {}
     except Exception:  # no file, or another program's
         return {}
 
@@ -328,40 +310,36 @@ def recorded(samples):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Fréchet distance between two sets of images.")
     add = parser.add_argument
-    add("samples", type=Path, help="folder of images, or .npz of images or of statistics")
-    add("--ref", type=Path, help="the reference, likewise; default: what sample.py recorded")
-    add("--features", choices=LABELS, help="default: what sample.py recorded, else inception")
-    add("--weights", type=Path, help="Inception weights; default: torch's hub cache, or a download")
-    add("--size", type=int, help="crop the pictures of folders to this size, as vq.py does")
-    add("--save-stats", type=Path, metavar="FILE", help="write the samples' statistics, for --ref")
-    add("--batch-size", type=int, default=32, help="images per batch")
+    add("samples", type=Path, help="folder or .npz")
+    add("--ref", type=Path, help="reference; default: what sample.py recorded")
+    add("--weights", type=Path, help="of Inception; default: torch's hub cache, or a download")
+    add("--size", type=int, help="crop the images of folders, as vq.py does")
+    add("--save-stats", type=Path, metavar="FILE", help="write the statistics, for --ref")
     args = parser.parse_args(argv)
     record = recorded(args.samples)
-    features = args.features or record.get("features", "inception")
+    features = record.get("features", "inception")
     reference = args.ref or record.get("reference")
     if not (reference or args.save_stats):
-        raise InputError(f"{args.samples}: has no recorded reference; give one with --ref")
+        raise InputError(f"{args.samples}: has no recorded reference; give --ref")
     if args.samples.is_dir() and len(find_images(args.samples)) < record.get("num_samples", 0):
         raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
 
-    mu1, sigma1, n1 = measure(args.samples, features, args)
+    theirs = measure(Path(reference), features, args) if reference else None
+    ours = measure(args.samples, features, args)
+    mu, sigma, n = ours
     if args.save_stats:
         with write_whole(args.save_stats) as file:
-            np.savez(file, mu=mu1, sigma=sigma1, count=n1 or 0, features=features)
-        print(f"{args.save_stats}: statistics of {n1} images")
-    if not reference:
-        return
-    mu2, sigma2, n2 = measure(Path(reference), features, args)
-    try:
-        distance = frechet_distance(mu1, sigma1, mu2, sigma2)
-    except ValueError as error:
-        raise InputError(f"{args.samples}, {reference}: cannot be compared ({one_line(error)})")
-    for path, n in ((args.samples, n1), (reference, n2)):
-        if n and n < len(mu1):
-            print(f"Warning: {n} images ({path}) are fewer than {len(mu1)} features; the number is "
-                  "biased. Compare equal counts only.", file=sys.stderr)
-    print(f"{LABELS[features]} of {n1 or 'unknown'} images ({args.samples}) against "
-          f"{n2 or 'unknown'} ({reference}): {distance:.4f}")
+            np.savez(file, mu=mu, sigma=sigma, count=n, features=features)
+        print(f"{args.save_stats}: statistics of {n} images")
+    if theirs:
+        try:
+            distance = frechet_distance(mu, sigma, *theirs[:2])
+        except ValueError as error:
+            raise InputError(f"{args.samples}, {reference}: {one_line(error)}")
+        few = 0 < n < len(mu) or 0 < theirs[2] < len(mu)
+        note = " (biased by few images, compare equal counts only)" if few else ""
+        print(f"{LABELS[features]}{note}, {n or 'unknown'} images ({args.samples}) against "
+              f"{theirs[2] or 'unknown'} ({reference}): {distance:.4f}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,7 @@ A tokenizer has turned each image into a grid of codes c (Eq. 9). Code k has the
     sampling    for s = 0..T-1:  t = s/T,  z <- z + v/T;  then the nearest code  (Appendix B)
 
 The method comes first, then its baselines, what goes beyond the paper, and last the head in chunks,
-which saves memory. A network must have hidden(z, t, y), final_layer.linear, input_size, patch_size
-and num_classes; for DFM also in_channels and x_embedder.
+which saves memory. Of the network they use hidden(), final_layer.linear and its sizes.
 
 Shapes: B batch, h w grid of codes, d code dimension, K codes; N tokens of G = p*p positions each,
 D width; n rows of logits at a time.
@@ -26,7 +25,7 @@ class Purrception(nn.Module):
     """Learn a distribution over codes along a straight path from noise, and follow its mean.
 
     model: maps z [B,d,h,w], t [B], y [B] to K logits per position. codebook: the e_k, [K,d].
-    z_loss: its weight. label_dropout: share of labels that training replaces by "no class".
+    label_dropout: share of labels that become "no class" in training, for guidance.
     """
 
     def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
@@ -39,10 +38,7 @@ class Purrception(nn.Module):
     # ---------- training
 
     def forward(self, codes, y, noise=None):
-        """Compute the training loss of codes [B,h,w] of classes y [B], and its parts by name.
-
-        noise: what noise() returns; by default, it is drawn.
-        """
+        """Compute the training loss of codes [B,h,w] of classes y [B], and its parts by name."""
         if noise is None:
             noise = self.noise(len(codes))
         t, z0, drop = noise
@@ -51,7 +47,7 @@ class Purrception(nn.Module):
         return self.loss(z, t, y, codes)
 
     def noise(self, B, generator=None):
-        """Draw what a training step needs: t ~ U(0, 1) [B], z0, and which labels to drop [B].
+        """Draw t ~ U(0, 1) [B], z0, and which labels to drop [B].
 
         The authors' release has t > 0.001 and drops no labels: "no class" stays untrained.
         """
@@ -61,19 +57,18 @@ class Purrception(nn.Module):
         return t, z0, drop < self.label_dropout
 
     def prior(self, B, generator=None):
-        """Draw z0 ~ N(0, I), [B,d,h,w], on the generator's device, else the codebook's."""
+        """Draw z0 ~ N(0, I): [B,d,h,w]."""
         d = self.codebook.shape[1]
         side = self.model.input_size
-        device = generator.device if generator else self.codebook.device
+        device = (generator or self.codebook).device
         return torch.randn(B, d, side, side, generator=generator, device=device)
 
     def embed(self, codes):
-        """Look up z1 = e_c: codes [B,h,w] to [B,d,h,w]."""
-        z1 = F.embedding(codes, self.codebook)
-        return z1.movedim(-1, 1)
+        """Look up z1 = e_c of codes [B,h,w]: [B,d,h,w]."""
+        return F.embedding(codes, self.codebook).movedim(-1, 1)
 
     def path(self, z0, codes, t):
-        """Interpolate between noise z0 and codes at times t [B]: z_t, [B,d,h,w]."""
+        """Compute z_t, between noise z0 and codes: [B,d,h,w]."""
         z1 = self.embed(codes)
         t = t.view(-1, 1, 1, 1)
         return t * z1 + (1 - t) * z0
@@ -81,7 +76,7 @@ class Purrception(nn.Module):
     def loss(self, z, t, y, codes):
         """Compute -log pi_c + z-loss (Eq. 14, Sec. 3.3) at the point z [B,d,h,w] of the path.
 
-        This is what linear_cross_entropy computes without holding all logits at once:
+        It is, without holding all logits at once:
 
             logits = self.model(z, t, y).flatten(0, 2)              # [Bhw,K]
             ce = F.cross_entropy(logits, codes.flatten())           # mean of -log pi_c
@@ -91,7 +86,8 @@ class Purrception(nn.Module):
         head = self.model.final_layer.linear
         h = self.model.hidden(z, t, y)                    # [B,N,D]
         target = to_tokens(codes, self.model.patch_size)  # [B,N,G]
-        loss, ce, z_part = linear_cross_entropy(h, head.weight, head.bias, target, self.z_loss)
+        loss, ce, z_part = linear_cross_entropy(
+            h, head.weight, head.bias, target, self.z_loss)
         return loss, {"ce": ce, "z": z_part}
 
     # ---------- sampling
@@ -109,30 +105,30 @@ class Purrception(nn.Module):
         return self.nearest(z)
 
     def velocity(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute v = (mu - z) / (1 - t) (Eq. 13) at z [B,d,h,w]: [B,d,h,w]."""
+        """Compute v = (mu - z) / (1 - t) (Eq. 13) at z [B,d,h,w], t [B]: [B,d,h,w]."""
         mu = self.mean(z, t, y, tau, cfg)
         t = t.view(-1, 1, 1, 1)
         return (mu - z) / (1 - t)
 
     def mean(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute mu = sum_k pi_k e_k at z [B,d,h,w]: [B,d,h,w]."""
+        """Compute mu = sum_k pi_k e_k: [B,d,h,w]."""
         mu = []
         for logits in self.outputs(z, t, y, cfg):               # [n,K]
             pi = torch.softmax(logits / tau, 1)                 # Eq. 12, 15
             with torch.autocast(z.device.type, enabled=False):  # float32 island
                 mu.append(pi @ self.codebook)                   # [n,d]
-        mu = self.on_grid(mu)                                   # [B,h,w,d]
-        return mu.movedim(-1, 1)
+        return self.on_grid(mu).movedim(-1, 1)
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute pi (Eq. 12, 15) at z [B,d,h,w]: [B,h,w,K]. mean() never holds all of it."""
+        """Compute pi (Eq. 12, 15), which mean() never holds whole: [B,h,w,K]."""
         logits = self.outputs(z, t, y, cfg)
-        return self.on_grid([torch.softmax(rows / tau, 1) for rows in logits])
+        pi = [torch.softmax(rows / tau, 1) for rows in logits]
+        return self.on_grid(pi)
 
     @torch.no_grad()
     def nearest(self, z):
         """Find the nearest codes, argmin_k |z - e_k|, of z [B,d,h,w]: [B,h,w]."""
-        z = z.movedim(1, -1)        # [B,h,w,d]
+        z = z.movedim(1, -1)  # [B,h,w,d]
         codes = nearest_code(z.flatten(0, 2), self.codebook)
         return codes.view(z.shape[:-1])
 
@@ -144,36 +140,33 @@ class Purrception(nn.Module):
         c is with the class, u without. The head is affine: guiding its input costs half as much.
         """
         if cfg == 1:
-            h = self.model.hidden(z, t, y)  # [B,N,D]
-        else:
-            null = torch.full_like(y, self.model.num_classes)
-            z = torch.cat([z, z])
-            t = torch.cat([t, t])
-            y = torch.cat([y, null])
-            c, u = self.model.hidden(z, t, y).chunk(2)
-            h = torch.lerp(u, c, cfg)
-        return h.flatten(0, 1)
+            return self.model.hidden(z, t, y).flatten(0, 1)
+        null = torch.full_like(y, self.model.num_classes)
+        z = torch.cat([z, z])
+        t = torch.cat([t, t])
+        y = torch.cat([y, null])
+        h = self.model.hidden(z, t, y).flatten(0, 1)
+        c, u = h.chunk(2)
+        return torch.lerp(u, c, cfg)
 
     def outputs(self, z, t, y, cfg):
-        """Yield the head's guided outputs, [n,K] at a time, in float32.
+        """Yield the guided logits, [n,K] at a time, in float32.
 
         First come those of all patches' first position, then those of their second, and so on.
         """
         head = self.model.final_layer.linear
         h = self.guided(z, t, y, cfg)
-        dtype = product_dtype(h)
-        h = h.to(dtype)
         G = self.model.patch_size ** 2
-        weights = head.weight.to(dtype).chunk(G)    # [K,D] each
-        biases = head.bias.to(dtype).chunk(G)
+        weights = head.weight.chunk(G)  # [K,D] each
+        biases = head.bias.chunk(G)
+        n = chunk_rows(len(biases[0]), h.device)
         for W, b in zip(weights, biases):
-            n = chunk_rows(len(W), h.device)
             for x in h.split(n):
                 logits = F.linear(x, W, b)
                 yield logits.float()
 
     def on_grid(self, rows):
-        """Arrange what was made of outputs(), a list of [n,C], on the grid: [B,h,w,C]."""
+        """Arrange what was made of outputs(), a list of [n,C], as [B,h,w,C]."""
         p = self.model.patch_size
         side = self.model.input_size // p
         x = torch.cat(rows)                         # [GBN,C]
@@ -187,7 +180,7 @@ class Purrception(nn.Module):
 class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
 
-    The head returns d numbers per position. There is no posterior, hence no tau: it must be None.
+    The head returns d numbers per position. There is no posterior, hence no tau but None.
     """
 
     posterior = None
@@ -196,11 +189,10 @@ class CFM(Purrception):
         super().__init__(model, codebook, label_dropout=label_dropout)
 
     def loss(self, z, t, y, codes):
-        """Compute the mean of (v - (z1 - z0))^2."""
         v = self.velocity(z, t, y)
         z1 = self.embed(codes)
         t = t.view(-1, 1, 1, 1)
-        straight = (z1 - z) / (1 - t)               # z1 - z0
+        straight = (z1 - z) / (1 - t)  # z1 - z0
         mse = F.mse_loss(v, straight)
         return mse, {"mse": mse.detach()}
 
@@ -208,32 +200,27 @@ class CFM(Purrception):
         return super().sample(y, steps, tau, cfg, noise)
 
     def velocity(self, z, t, y, tau=None, cfg=1.0):
-        return self.regressed(z, t, y, tau, cfg)
+        """Return what the network regresses, guided: [B,d,h,w]."""
+        assert tau is None, "a regression has no posterior, hence no temperature"
+        rows = list(self.outputs(z, t, y, cfg))  # [n,d] each
+        return self.on_grid(rows).movedim(-1, 1)
 
     def mean(self, z, t, y, tau=None, cfg=1.0):
         v = self.velocity(z, t, y, tau, cfg)
         t = t.view(-1, 1, 1, 1)
         return z + (1 - t) * v
 
-    def regressed(self, z, t, y, tau, cfg):
-        """Return the network's guided outputs: [B,d,h,w]."""
-        assert tau is None, "a regression has no posterior, hence no temperature"
-        rows = list(self.outputs(z, t, y, cfg))     # [n,d] each
-        return self.on_grid(rows).movedim(-1, 1)
-
 
 class Endpoint(CFM):
     """Regress z1, as the authors' release can: the network returns mu, and v follows (Eq. 13)."""
 
+    mean = CFM.velocity
+
     def loss(self, z, t, y, codes):
-        """Compute the mean of (mu - z1)^2."""
         mu = self.mean(z, t, y)
         z1 = self.embed(codes)
         mse = F.mse_loss(mu, z1)
         return mse, {"mse": mse.detach()}
-
-    def mean(self, z, t, y, tau=None, cfg=1.0):
-        return self.regressed(z, t, y, tau, cfg)
 
     def velocity(self, z, t, y, tau=None, cfg=1.0):
         return Purrception.velocity(self, z, t, y, tau, cfg)
@@ -242,47 +229,49 @@ class Endpoint(CFM):
 class DFM(Purrception):
     """Unmask codes one by one: masked discrete flow matching (Gat et al. 2024, arXiv 2407.15595).
 
-    A state is a grid of codes in which K means "masked"; at time t a position is masked with
-    probability 1 - t. Loss and network are Purrception's, with a first layer that embeds codes.
+    A state is a grid of codes in which K means "masked", at time t with probability 1 - t. Loss
+    and network are Purrception's, with a first layer that embeds codes.
     """
 
     mean = velocity = None
 
-    def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
-        super().__init__(model, codebook, z_loss, label_dropout)
+    def __init__(self, model, codebook, *settings):
+        super().__init__(model, codebook, *settings)
         embedder = CodeEmbedder(len(codebook) + 1, model.in_channels)
+        nn.init.normal_(embedder.weight, std=0.02)
         model.x_embedder = nn.Sequential(embedder, model.x_embedder)
 
     def prior(self, B, generator=None):
-        """Draw two uniform numbers per position, [B,2,h,w]: when it is unmasked, and as what."""
+        """Draw two uniform numbers a position, when it is unmasked and as what: [B,2,h,w]."""
         side = self.model.input_size
-        device = generator.device if generator else self.codebook.device
+        device = (generator or self.codebook).device
         return torch.rand(B, 2, side, side, generator=generator, device=device)
 
     def path(self, z0, codes, t):
-        """Mask the codes [B,h,w] that are unmasked after t [B]: [B,h,w] in 0..K."""
+        """Mask what is unmasked after t: [B,h,w] in 0..K."""
         t = t.view(-1, 1, 1)
-        return torch.where(z0[:, 0] < t, codes, len(self.codebook))
+        when = z0[:, 0]
+        return torch.where(when < t, codes, len(self.codebook))
 
     @torch.no_grad()
     def sample(self, y, steps=100, tau=1.0, cfg=1.0, noise=None):
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
-        A step of 1/T turns a masked position into code k with probability pi_k / (T (1 - t)).
-        So a position is unmasked in the step that contains its first uniform number; its second
-        draws the code from pi. The release also masks codes again, and ends with arg max.
+        A step turns a masked position into code k with probability pi_k / (T (1 - t)): it does so
+        if it contains the position's first uniform number, and the second draws the code from pi.
+        The authors' release also masks codes again, and ends with arg max.
         """
         noise = self.prior(len(y)) if noise is None else noise
-        when, which = noise.unbind(1)                       # [B,h,w] each
-        uniform = to_tokens(which, self.model.patch_size)   # [B,N,G]
-        uniform = uniform.flatten(0, 1).T.flatten()         # in the order of outputs()
+        when, which = noise.unbind(1)                      # [B,h,w] each
+        uniform = to_tokens(which, self.model.patch_size)  # [B,N,G]
+        uniform = uniform.flatten(0, 1).T.flatten()        # in the order of outputs()
         masked = len(self.codebook)
         z = torch.full_like(when, masked, dtype=torch.long)
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
             drawn = []
             rest = uniform
-            for logits in self.outputs(z, t, y, cfg):       # [n,K]
+            for logits in self.outputs(z, t, y, cfg):  # [n,K]
                 pi = torch.softmax(logits / tau, 1)
                 drawn.append(pick(pi, rest[:len(pi)]))
                 rest = rest[len(pi):]
@@ -295,19 +284,14 @@ class DFM(Purrception):
 def pick(pi, uniform):
     """Draw codes [n,1] from pi [n,K]: the first whose running total exceeds uniform [n]."""
     total = pi.cumsum(1)
-    goal = uniform[:, None] * total[:, -1:]     # the last total is 1 up to rounding
+    goal = uniform[:, None] * total[:, -1:]  # the last total is 1 up to rounding
     return torch.searchsorted(total, goal, right=True)
 
 
 class CodeEmbedder(nn.Embedding):
-    """Embed codes [B,h,w] as a map [B,channels,h,w]."""
-
-    def __init__(self, codes, channels):
-        super().__init__(codes, channels)
-        nn.init.normal_(self.weight, std=0.02)
-
     def forward(self, z):
-        return super().forward(z).movedim(-1, 1)
+        z = super().forward(z)      # [B,h,w,channels]
+        return z.movedim(-1, 1)
 
 
 OBJECTIVES = {
@@ -321,21 +305,23 @@ OBJECTIVES = {
 # ---------- beyond the paper
 
 @torch.no_grad()
-def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2, interval=(0, 1),
-                  start=0.0, known=None):
-    """Sample codes [B,h,w] as flow.sample does, for any method that has a mean; and also:
+def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
+                  interval=(0, 1), start=0.0, known=None):
+    """Sample codes [B,h,w] as flow.sample does, for any method that has a mean, but with
 
-    order: 2 takes mu as linear in t through the last two calls, so that ten calls are enough.
-    interval: the times at which to guide (arXiv 2404.07724); the other calls cost half.
-    start: the time at which the noise [B,d,h,w] lies on the path, to go on from a picture.
+    order: 2 takes mu as linear in t through the last two calls, so that ten are enough;
+    interval: the times at which to guide (arXiv 2404.07724); the other calls cost half;
+    start: the time at which the noise [B,d,h,w] lies on the path, to go on from a picture;
     known: codes [B,h,w] to end in, -1 where any may be chosen.
     """
     if known is None:
-        known = torch.full_like(y, -1).view(-1, 1, 1)
+        known = torch.full_like(y, -1)
+        known = known.view(-1, 1, 1)
     free = known < 0
     z1 = flow.embed(known.clamp(0))
     z = flow.prior(len(y)) if noise is None else noise
     low, high = interval
+    last_t = last_mu = None
     for s in range(steps):
         t = start + (1 - start) * s / steps
         after = start + (1 - start) * (s + 1) / steps
@@ -358,7 +344,7 @@ def slope_weight(t, after):
     """Return the weight w of mu's slope in a step from t to `after` (as DEIS, arXiv 2204.13902).
 
     An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). In
-    the last step w = 1 would overshoot, as mu comes to rest: 0.5 measured best.
+    the last step, w = 1 overshoots, as mu comes to rest: 0.5 measured best.
     """
     if after == 1:
         return 0.5
@@ -367,22 +353,23 @@ def slope_weight(t, after):
 
 
 def logit_normal(t):
-    """Turn uniform times into times with logit(t) ~ N(0, 1) (arXiv 2403.03206), by quantile."""
+    """Turn uniform times into times with logit(t) ~ N(0, 1) (arXiv 2403.03206)."""
     return torch.sigmoid(torch.special.ndtri(t))
 
 
 @torch.no_grad()
 def geometric_head(flow):
-    """Start the head so that codes with near vectors have near logits; DiT starts it at zero.
+    """Start the head with near logits for codes with near vectors; DiT starts it at zero.
 
     logit_k = h A phi_k,  phi_k = (e_k, e_k^2) standardised over codes,  A ~ N(0, 1/D)
     """
     E = flow.codebook
-    phi = torch.cat([E, E.square()], 1)
-    phi = (phi - phi.mean(0)) / phi.std(0).clamp(min=1e-6)  # [K,2d]
+    phi = torch.cat([E, E.square()], 1)  # [K,2d]
+    phi = phi - phi.mean(0)
+    phi = phi / phi.std(0).clamp(min=1e-6)
     head = flow.model.final_layer.linear
     D = head.in_features
-    for W in head.weight.split(len(E)):                     # [K,D]
+    for W in head.weight.split(len(E)):  # [K,D]
         A = torch.randn(phi.shape[1], D, device=E.device)
         W.copy_(phi @ A / D ** 0.5)
 
@@ -393,20 +380,22 @@ def nearest_code(z, E):
     """Find argmin_k |z - e_k| for every row of z [N,d] among the rows of E [K,d]: int64 [N]."""
     e2 = E.square().sum(1)
     # A CPU keeps 1 MiB of distances in its cache; a GPU wants large products.
-    n = max(1, (2 ** 26 if z.is_cuda else 2 ** 18) // len(E))
+    numbers = 2 ** 26 if z.is_cuda else 2 ** 18
+    n = max(1, numbers // len(E))
     codes = []
-    with torch.autocast(z.device.type, enabled=False):          # float32 island
-        for rows in z.split(n):                                 # |z|^2 is the same for all k
-            distances = torch.addmm(e2, rows, E.T, alpha=-2)    # [n,K]
+    with torch.autocast(z.device.type, enabled=False):        # float32 island
+        for rows in z.split(n):                               # |z|^2 is the same for all k
+            distances = torch.addmm(e2, rows, E.T, alpha=-2)  # [n,K]
             codes.append(distances.argmin(1))
     return torch.cat(codes)
 
 
 def to_tokens(codes, p):
     """Reorder codes [B,h,w] to the network's patches: [B,N,G]."""
-    B, h, w = codes.shape
-    codes = codes.view(B, h // p, p, w // p, p)
-    return codes.transpose(2, 3).reshape(B, -1, p * p)
+    codes = codes.unflatten(2, (-1, p))  # [B,h,w/p,p]
+    codes = codes.unflatten(1, (-1, p))  # [B,h/p,p,w/p,p]
+    codes = codes.transpose(2, 3)
+    return codes.flatten(3).flatten(1, 2)
 
 
 # ---------- the head, in chunks
@@ -432,69 +421,65 @@ def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
     """Apply a linear head, softmax cross-entropy and z-loss (Eq. 14, Sec. 3.3) in chunks.
 
     h [...,D]; weight [G*K,D]; bias [G*K]; target int64 [...], or [...,G] for G positions per row.
-    Returns the scalars loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2). Only
-    loss has gradients, for one backward pass. Memory holds one chunk of logits and the gradients.
+    Returns loss = ce + z, ce = mean(-log pi_c), z = z_weight * mean(logsumexp^2). Only loss has
+    gradients, for one backward pass. Memory holds one chunk of logits and the gradients.
     """
+    h = h.flatten(0, -2)                 # [R,D]
+    target = target.reshape(len(h), -1)  # [R,G]
+    G = target.shape[1]
+    weight = weight.unflatten(0, (G, -1))  # [G,K,D]
+    bias = bias.unflatten(0, (G, -1))      # [G,K]
     wanted = torch.is_grad_enabled()
     return LinearCrossEntropy.apply(h, weight, bias, target, z_weight, wanted)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Compute the loss and its gradients in one pass; backward() only scales them, in place."""
+    """Compute the loss and, if wanted, its gradients in one pass; backward() only scales them.
+
+    The gradient by a chunk of logits adds to those of h, weight and bias, and is dropped.
+    """
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, z_weight, wanted):
-        ce, z, gradients = head_and_loss(h, weight, bias, target, z_weight, wanted)
-        ctx.save_for_backward(*gradients)
+        dtype = product_dtype(h)
+        exact = torch.promote_types(dtype, torch.float32)  # float32 island; float64 stays
+        h = h.to(dtype)
+        weight = weight.to(dtype)
+        bias = bias.to(dtype)
+        n = chunk_rows(weight.shape[1], h.device)
+        ce = torch.zeros((), dtype=exact, device=h.device)
+        z = torch.zeros_like(ce)
+        if wanted:
+            dh, dW, db = (torch.zeros_like(x, dtype=exact) for x in (h, weight, bias))
+            ctx.save_for_backward(dh, dW, db)
+
+        with torch.autocast(h.device.type, enabled=False):
+            for g, W in enumerate(weight):  # [K,D]
+                for i in range(0, len(h), n):
+                    x = h[i:i + n]                    # [n,D]
+                    c = target[i:i + n, g, None]      # [n,1]
+                    logits = F.linear(x, W, bias[g])  # [n,K]
+                    ce_sum, z_sum, d = loss_and_gradient(logits.to(exact), c, z_weight)
+                    ce += ce_sum
+                    z += z_sum
+                    if wanted:
+                        db[g] += d.sum(0)
+                        d = d.to(dtype)
+                        dh[i:i + n] += d @ W
+                        dW[g] += d.T @ x
+
+        ctx.positions = target.numel()
+        ce /= ctx.positions
+        z /= ctx.positions
         ctx.mark_non_differentiable(ce, z)
         return ce + z, ce, z
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
-        dh, dW, db = ctx.saved_tensors
-        return dh.mul_(scale), dW.mul_(scale), db.mul_(scale), None, None, None
-
-
-def head_and_loss(h, weight, bias, target, z_weight, wanted):
-    """Compute ce and z as linear_cross_entropy does and, if wanted, the gradients of ce + z.
-
-    The gradient by one chunk of logits adds to those of h, weight and bias, and is dropped.
-    """
-    dtype = product_dtype(h)
-    exact = torch.promote_types(dtype, torch.float32)   # float32 island; float64 stays
-    rows = h.flatten(0, -2).to(dtype)                   # [R,D]
-    target = target.reshape(len(rows), -1)              # [R,G]
-    G = target.shape[1]
-    W = weight.to(dtype).unflatten(0, (G, -1))          # [G,K,D]
-    b = bias.to(dtype).unflatten(0, (G, -1))            # [G,K]
-    n = chunk_rows(W.shape[1], h.device)
-    ce = torch.zeros((), dtype=exact, device=h.device)
-    z = torch.zeros_like(ce)
-    sums = [torch.zeros_like(x, dtype=exact) for x in (rows, W, b)] if wanted else []
-
-    with torch.autocast(h.device.type, enabled=False):
-        for g in range(G):
-            for i in range(0, len(rows), n):
-                x = rows[i:i + n]                       # [n,D]
-                c = target[i:i + n, g, None]            # [n,1]
-                logits = F.linear(x, W[g], b[g])        # [n,K]
-                ce_sum, z_sum, d = loss_and_gradient(logits.to(exact), c, z_weight)
-                ce += ce_sum
-                z += z_sum
-                if wanted:
-                    dh, dW, db = sums
-                    db[g] += d.sum(0)
-                    d = d.to(dtype)
-                    dh[i:i + n] += d @ W[g]
-                    dW[g] += d.T @ x
-
-    P = target.numel()
-    gradients = []
-    for d, x in zip(sums, (h, weight, bias)):
-        d = d.div_(P).view_as(x)
-        gradients.append(d.to(x.dtype))
-    return ce / P, z / P, gradients
+        scale = scale / ctx.positions
+        gradients = [d.mul_(scale) for d in ctx.saved_tensors]  # in place: they are large
+        return *gradients, None, None, None
 
 
 def loss_and_gradient(logits, c, z_weight):
@@ -504,10 +489,10 @@ def loss_and_gradient(logits, c, z_weight):
     """
     top = logits.amax(1, keepdim=True)
     logit_c = logits.gather(1, c)
-    pi = torch.softmax(logits, 1, out=logits)   # in place
-    L = top - pi.amax(1, keepdim=True).log()    # the largest pi is exp(top - L)
+    pi = torch.softmax(logits, 1, out=logits)  # in place
+    L = top - pi.amax(1, keepdim=True).log()   # the largest pi is exp(top - L)
     ce = L - logit_c
     z = z_weight * L.square()
-    d = pi.mul_(1 + 2 * z_weight * L)           # d = pi (1 + 2 w L) - onehot(c)
+    d = pi.mul_(1 + 2 * z_weight * L)  # d = pi (1 + 2 w L) - onehot(c)
     d.scatter_add_(1, c, torch.full_like(L, -1))
     return ce.sum(), z.sum(), d

@@ -6,11 +6,12 @@
     x <- x + gate * mlp(modulate(norm(x)))          shift, scale, gate are linear in silu(cond)
     logits = linear(modulate(norm(x)))              p*p*K numbers per token, K per position
 
-Key names and layouts are those of facebookresearch/DiT (arXiv 2212.09748): its weights load.
+Key names and layouts are facebookresearch/DiT's (arXiv 2212.09748), whose weights load.
 
 Shapes: B batch, d code dimension, h w grid, p patch side, N tokens, D width, K codes.
 """
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +28,17 @@ SIZES = {f"DiT-{name}/{p}": dict(width, patch_size=p)
 SIZES["DiT-demo/2"] = dict(depth=4, hidden_size=128, num_heads=2, patch_size=2)
 
 
+def chain(**layers):
+    return nn.Sequential(OrderedDict(layers))
+
+
 def modulate(x, shift, scale):
     """Scale and shift x [B,N,D] by shift and scale [B,1,D]."""
     return x * (1 + scale) + shift
 
 
 def sincos_2d(width, side):
-    """Encode the positions of a side x side grid by sines and cosines: float [1,side*side,width].
-
-    The first half of the channels encodes the column, the second the row.
-    """
+    """Encode the columns, then the rows of a grid by sines and cosines: [1,side*side,width]."""
     omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     axis = torch.arange(side, dtype=torch.float64)
     row, column = torch.meshgrid(axis, axis, indexing="ij")
@@ -48,43 +50,24 @@ def sincos_2d(width, side):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed times t [B] as vectors [B,D]: cosines and sines of t, then an MLP, in float32."""
+    """Embed times t [B] as vectors [B,D]: cosines and sines of t, then an MLP."""
 
     def __init__(self, width, channels=256):
         super().__init__()
         self.half = channels // 2
-        self.mlp = nn.Sequential(nn.Linear(channels, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, width),
+            nn.SiLU(),
+            nn.Linear(width, width))
 
     def forward(self, t):
-        # float32 island: bf16, in which the authors' release embeds t, keeps two digits of it.
+        # float32 island: bf16, as in the authors' release, keeps two digits of t.
         with torch.autocast(t.device.type, enabled=False):
             steps = torch.arange(self.half, device=t.device)
             frequencies = torch.exp(-math.log(10000) / self.half * steps)
             angles = t.float()[:, None] * frequencies
             waves = torch.cat([angles.cos(), angles.sin()], 1)
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
-
-
-class LabelEmbedder(nn.Module):
-    """Embed classes y [B] as vectors [B,D]; y = num_classes, the last row, means "no class"."""
-
-    def __init__(self, num_classes, width):
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-
-    def forward(self, y):
-        return self.embedding_table(y)
-
-
-class PatchEmbed(nn.Module):
-    """Map each patch of x [B,d,h,w] linearly to a token: [B,N,D]."""
-
-    def __init__(self, patch_size, in_channels, width):
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
-
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -96,19 +79,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         qkv = self.qkv(x).unflatten(2, (3 * self.num_heads, -1))
-        q, k, v = qkv.transpose(1, 2).chunk(3, 1)   # [B,heads,N,D/heads] each
+        q, k, v = qkv.transpose(1, 2).chunk(3, 1)  # [B,heads,N,D/heads] each
         x = F.scaled_dot_product_attention(q, k, v)
         return self.proj(x.transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    def __init__(self, width, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 def adaln(width, parts):
@@ -126,11 +99,15 @@ class Block(nn.Module):
         self.norm1 = layer_norm(width)
         self.attn = Attention(width, num_heads)
         self.norm2 = layer_norm(width)
-        self.mlp = Mlp(width, int(width * mlp_ratio))
+        hidden = int(width * mlp_ratio)
+        self.mlp = chain(
+            fc1=nn.Linear(width, hidden),
+            act=nn.GELU("tanh"),
+            fc2=nn.Linear(hidden, width))
         self.adaLN_modulation = adaln(width, 6)
 
-    def forward(self, x, cond):     # x [B,N,D], cond [B,D]
-        parts = self.adaLN_modulation(cond).unsqueeze(1).chunk(6, 2)    # [B,1,D] each
+    def forward(self, x, cond):                                       # x [B,N,D], cond [B,D]
+        parts = self.adaLN_modulation(cond).unsqueeze(1).chunk(6, 2)  # [B,1,D] each
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
         x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -138,7 +115,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Normalise and modulate the tokens. Also hold the head, `linear`, which the caller applies."""
+    """Normalise and modulate the tokens. The caller applies the head, `linear`."""
 
     def __init__(self, width, outputs):
         super().__init__()
@@ -152,7 +129,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Map a noisy latent, a time and a class to logits. The defaults: DiT-XL/2 on vq-f8's codes."""
+    """Map a noisy latent, a time and a class to logits. By default DiT-XL/2 on vq-f8's codes."""
 
     def __init__(
         self,
@@ -171,9 +148,12 @@ class DiT(nn.Module):
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        p = patch_size
+        patches = nn.Conv2d(in_channels, hidden_size, p, stride=p)
+        self.x_embedder = chain(proj=patches, flatten=nn.Flatten(2))  # [B,D,N]
         self.t_embedder = TimestepEmbedder(hidden_size)
-        self.y_embedder = LabelEmbedder(num_classes, hidden_size)
+        labels = nn.Embedding(num_classes + 1, hidden_size)  # the last means "no class"
+        self.y_embedder = chain(embedding_table=labels)
         positions = sincos_2d(hidden_size, input_size // patch_size)  # [1,N,D]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -203,7 +183,7 @@ class DiT(nn.Module):
         x [B,d,h,w] float; t [B] in [0,1); y [B] int64 in 0..num_classes.
         """
         # pos_embed comes first: a sum takes the layout of its first operand, here contiguous.
-        x = self.pos_embed + self.x_embedder(x)         # [B,N,D]
+        x = self.pos_embed + self.x_embedder(x).mT      # [B,N,D]
         cond = self.t_embedder(t) + self.y_embedder(y)  # [B,D]
         for block in self.blocks:
             x = block(x, cond)
@@ -215,5 +195,5 @@ class DiT(nn.Module):
         side = self.input_size // p
         logits = self.final_layer.linear(self.hidden(x, t, y))  # [B,N,p*p*K]
         logits = logits.unflatten(2, (p, p, -1))
-        logits = logits.unflatten(1, (side, side))  # [B,h/p,w/p,p,p,K]
+        logits = logits.unflatten(1, (side, side))                 # [B,h/p,w/p,p,p,K]
         return logits.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B,h,w,K]

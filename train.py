@@ -4,21 +4,17 @@
     torchrun --nproc_per_node=8 train.py --data data/imagenet      the paper's run
     torchrun --nproc_per_node=8 train.py --resume                  continue where it stopped
 
-The defaults are the paper's; the data directory's recipe.txt overrides them, and the command line
-overrides both. A run writes runs/NAME/: args.json, its flags; ckpt.pt, the newest checkpoint;
-log.jsonl; and samples/, pictures by the averaged weights from fixed noise.
+The defaults are the paper's. The data's recipe.txt overrides them, the command line both. A run
+writes runs/NAME/: args.json, its flags; ckpt.pt, the newest checkpoint; log.jsonl; and samples/.
 
 The order of the data depends on (seed, epoch), the noise on (seed, step), and each process takes
-its slice of both. So processes and interruptions affect training by rounding only; on a CPU,
-resuming is exact.
+its share of both. So training depends on processes by rounding only, and resuming is exact.
 
 Shapes: B global batch, b images of a process at a time, N images, h w grid of codes.
 """
 import argparse
-import contextlib
 import copy
 import functools
-import itertools
 import json
 import math
 import os
@@ -26,9 +22,9 @@ import shlex
 import signal
 import sys
 import time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,29 +33,24 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import flow as method
-from flow import CFM, OBJECTIVES, Purrception, geometric_head, logit_normal
+from flow import CFM, OBJECTIVES, geometric_head, logit_normal
 from model import SIZES, DiT
-from vq import (VQ, InputError, load_vq, one_line, read_checkpoint, save_image, setup_process,
+from vq import (InputError, load_vq, one_line, read_checkpoint, save_image, setup_process,
                 write_whole)
 
 
 # ---------- data
 
-class Data(NamedTuple):
-    """A data directory: codes and those of the mirrored images, uint16 [N,h,w]; labels [N]."""
-
-    path: Path
-    meta: dict
-    codes: np.ndarray
-    flipped: np.ndarray  # codes, if the mirrored images were not encoded
-    labels: np.ndarray   # -1: the image could not be read
+# A data directory: codes, and those of the mirrored images, uint16 [N,h,w] on the disk; labels [N],
+# -1 where the image could not be read.
+Data = namedtuple("Data", "path meta codes flipped labels")
 
 
 def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
     path = Path(path).resolve()
     if not (path / "meta.json").exists():
-        raise InputError(f"--data {path}: not a data directory; make one from images with: "
+        raise InputError(f"--data {path}: no data directory; to make one of images: "
                          f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -68,17 +59,15 @@ def open_data(path, device):
         flipped = np.load(mirrored, mmap_mode="r") if mirrored.exists() else codes
         labels = np.load(path / "labels.npy")
         tokenizer = path / meta["tokenizer"]
-        shape = len(labels), codes.shape[1], codes.shape[1]
-        if not (codes.shape == flipped.shape == shape and codes.dtype == flipped.dtype == np.uint16
-                and 0 <= labels.max() < len(meta["classes"])):
-            raise ValueError("codes, labels and classes do not fit together")
-    except Exception as error:   # damaged files fail in many ways
-        raise InputError(f"--data {path}: unusable ({one_line(error)}); encode the images again")
+        side = codes.shape[1]
+        if not codes.shape == flipped.shape == (len(labels), side, side):
+            raise ValueError("codes and labels are of different sizes")
+    except Exception as error:  # damaged files fail in many ways
+        raise InputError(f"--data {path}: {one_line(error)}; encode the images again")
     vq = load_vq(tokenizer, device)
     top = max(codes.max(), flipped.max())
     if top >= len(vq.codebook):  # 65535: not encoded yet
-        raise InputError(f"--data {path}: holds code {top} of {len(vq.codebook)}; repeat the vq.py "
-                         "command if it was interrupted, else encode the images again")
+        raise InputError(f"--data {path}: has code {top} of {len(vq.codebook)}; repeat vq.py")
     return Data(path, meta, codes, flipped, labels), vq
 
 
@@ -94,11 +83,13 @@ def batch_rows(N, B, seed, step):
 
 
 def load_batch(data, args, step, part, device):
-    """Load a part of a step's batch: codes [b,h,w], mirrored at random, and labels [b], int64."""
+    """Load a part of a step's batch: codes [b,h,w], mirrored at random, and labels [b]."""
     B = args.global_batch_size
     readable = np.flatnonzero(data.labels >= 0)
-    rows = readable[batch_rows(len(readable), B, args.seed, step)[part]]
-    mirror = np.random.default_rng((args.seed, step, 1)).random(B)[part] < 0.5
+    rows = batch_rows(len(readable), B, args.seed, step)
+    rows = readable[rows[part]]
+    coin = np.random.default_rng((args.seed, step, 1)).random(B)
+    mirror = coin[part] < 0.5
     codes = np.where(mirror[:, None, None], data.flipped[rows], data.codes[rows])
     batch = [torch.from_numpy(x.astype(np.int64)) for x in (codes, data.labels[rows])]
     if device.type == "cuda":  # pinned: copies do not wait for the GPU
@@ -107,7 +98,6 @@ def load_batch(data, args, step, part, device):
 
 
 def seeded(device, *key):
-    """Make a torch.Generator on the device, seeded by the integers in key."""
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
 
@@ -115,7 +105,7 @@ def seeded(device, *key):
 # ---------- networks
 
 def build(args, data, codebook):
-    """Build the method and its network from args, for a data directory and its codebook [K,d]."""
+    """Build the method and its network from args, for Data and its codebook [K,d]."""
     K, d = codebook.shape
     size = SIZES[args.model]
     objective = OBJECTIVES[args.objective]
@@ -139,7 +129,7 @@ def bf16_is_fast(device):
 
 
 def compile_blocks(model):
-    """Compile the loss, and the blocks one by one: one graph serves all, and DDP need not wait."""
+    """Compile the loss, and the blocks one by one, as one graph serves all."""
     torch._dynamo.config.optimize_ddp = False  # it would cut the graph
     for block in model.blocks:
         block.compile()
@@ -153,7 +143,7 @@ def make_optimizer(flow, lr):
 
 
 def learning_rate(args, step):
-    """Let the rate rise over the warm-up and fall to 0 over the cooldown; both are linear."""
+    """Rise linearly over the warm-up, and fall to 0 over the cooldown."""
     rise = (step + 1) / max(1, args.warmup)
     fall = (args.steps - step) / max(1, args.cooldown * args.steps)
     return args.lr * min(1, rise, fall)
@@ -161,51 +151,46 @@ def learning_rate(args, step):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Update the averaged weights: ema <- decay ema + (1 - decay) model."""
+    """Let ema <- decay ema + (1 - decay) model."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
 # ---------- runs and checkpoints
 
 def find_run(name=None):
-    """Return the folder of the run of that name, else of that with the newest checkpoint."""
-    found = [Path("runs", name)] if name else [file.parent for file in sorted(
-        Path("runs").glob("*/ckpt.pt"), key=os.path.getmtime)]
-    if not found or not found[-1].is_dir():
-        raise InputError(f"runs/{name or '*/ckpt.pt'}: not found; check --name, or train first")
-    return found[-1]
+    """Return the folder runs/NAME; without a name, that of the newest checkpoint."""
+    files = Path("runs").glob(f"{name}/*" if name else "*/ckpt.pt")
+    newest = max(files, key=os.path.getmtime, default=None)
+    if not newest:
+        raise InputError(f"runs/{name or '*/ckpt.pt'}: not found; train first")
+    return newest.parent
 
 
 def new_run(name=None):
     """Make the folder of a new run: runs/NAME, or runs/ and the first free number."""
-    numbers = (f"{i:03d}" for i in itertools.count(1))
-    name = name or next(number for number in numbers if not Path("runs", number).exists())
-    run = Path("runs", name)
+    i = 1
+    while Path("runs", f"{i:03d}").exists():
+        i += 1
+    run = Path("runs", name or f"{i:03d}")
     try:
         run.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"--name {name}: cannot be made ({one_line(error)}); continue it with "
-                         "--resume, or choose another name")
+        raise InputError(f"--name {run.name}: {one_line(error)}; give --resume or another name")
     return run
 
 
 def load_checkpoint(path, **targets):
-    """Load the state of modules or optimizers, by its name in the file; return args and step.
-
-    Raises InputError if the file is not a checkpoint of train.py or does not fit.
-    """
+    """Load modules and optimizers by their names in the file. Return its args and step."""
     ckpt = read_checkpoint(path)
     try:
         for name, target in targets.items():
             target.load_state_dict(ckpt[name])
         return dict(ckpt["args"]), int(ckpt["step"])
-    except Exception as error:  # other shapes, other types, no such key
-        raise InputError(f"{path}: no checkpoint of train.py for these flags and this data "
-                         f"({one_line(error)}); use its own")
+    except Exception as error:
+        raise InputError(f"{path}: does not fit these flags and data: {one_line(error)}")
 
 
 def save_checkpoint(path, flow, ema, opt, step, args):
-    """Write a checkpoint, whole or not at all, that torch.load reads with weights_only=True."""
     state = dict(model=flow.model.state_dict(), ema=ema.model.state_dict(), opt=opt.state_dict(),
                  step=step, args=vars(args))
     with write_whole(path) as file:
@@ -214,36 +199,25 @@ def save_checkpoint(path, flow, ema, opt, step, args):
         os.fsync(file.fileno())  # on disk before it takes the name
 
 
-class Run(NamedTuple):
-    """A trained method, with averaged weights, and what belongs to it."""
-
-    ckpt: Path
-    flow: Purrception
-    vq: VQ
-    data: Data
-    args: argparse.Namespace
-    step: int
+Run = namedtuple("Run", "ckpt flow vq data args step")
 
 
 def load_run(ckpt=None, data=None, device="cpu"):
-    """Load a checkpoint, by default the newest run's; data: its directory, if it has moved."""
+    """Load a checkpoint's averaged weights, by default the newest; data: where it has moved."""
     ckpt = Path(ckpt or find_run() / "ckpt.pt")
     settings, _ = load_checkpoint(ckpt)
     args = flags().parse_args([], argparse.Namespace(**settings))  # newer flags: their defaults
     data, vq = open_data(data or args.data, device)
-    with torch.device("meta"):                                     # the checkpoint has the weights
-        flow = build(args, data, vq.codebook)
+    with torch.device("meta"):  # the checkpoint has the weights
+        flow = build(args, data, vq.codebook).eval().requires_grad_(False)
     flow.model.to_empty(device=device)
     _, step = load_checkpoint(ckpt, ema=flow.model)
-    return Run(ckpt, flow.eval().requires_grad_(False), vq, data, args, step)
+    return Run(ckpt, flow, vq, data, args, step)
 
 
 @torch.inference_mode()
 def save_samples(path, flow, vq, args):
-    """Save a picture of samples from fixed noise: up to ten classes across, three of each.
-
-    They are drawn in 50 steps, unguided, at the method's own temperature.
-    """
+    """Save samples from fixed noise, in 50 steps: up to ten classes across, three of each."""
     device = flow.codebook.device
     columns = min(10, flow.model.num_classes)
     y = torch.arange(columns, device=device).repeat(3)
@@ -256,57 +230,45 @@ def save_samples(path, flow, vq, args):
 # ---------- the loop
 
 def backward(ddp, codes, y, noise, args):
-    """Compute the gradients of a process's images, in micro-batches, averaged over processes.
-
-    Returns the loss and its parts by name, means over the process's images.
-    """
+    """Compute the gradients, averaged over processes. Return this process's mean losses."""
     b = len(codes) // args.accumulate
     losses = {}
     for i in range(0, len(codes), b):
         micro = slice(i, i + b)
-        last = i + b >= len(codes)
-        # Processes exchange gradients in the last backward pass only.
-        alone = last or not isinstance(ddp, DistributedDataParallel)
-        with contextlib.nullcontext() if alone else ddp.no_sync():
-            with torch.autocast(codes.device.type, torch.bfloat16, enabled=args.bf16):
-                loss, parts = ddp(codes[micro], y[micro], [x[micro] for x in noise])
-            (loss / args.accumulate).backward()
+        ddp.require_backward_grad_sync = i + b == len(codes)  # exchange gradients once a step
+        with torch.autocast(codes.device.type, torch.bfloat16, enabled=args.bf16):
+            loss, parts = ddp(codes[micro], y[micro], [x[micro] for x in noise])
+        (loss / args.accumulate).backward()
         for name, x in {"loss": loss, **parts}.items():
             losses[name] = losses.get(name, 0) + x.detach() / args.accumulate
     return losses
 
 
 def train(args, data, vq, run, rank, world, device):
-    """Train in the folder `run`, from its checkpoint if it has one. Return the steps done.
-
-    Training ends at args.steps or, after a complete step, when a signal asks for it.
-    """
-    torch.manual_seed(args.seed)                     # equal weights on all processes
+    """Train, from the checkpoint in the folder `run` if it has one. Return the steps done."""
+    torch.manual_seed(args.seed)  # equal weights on all processes
     flow = build(args, data, vq.codebook).to(device)
     if args.geometric_head and not isinstance(flow, CFM):
         geometric_head(flow)
     ema = copy.deepcopy(flow).requires_grad_(False)  # the same method on averaged weights
     opt = make_optimizer(flow, args.lr)
     start = 0
-    if run and (run / "ckpt.pt").exists():           # a new run is known to process 0 only
+    if run and (run / "ckpt.pt").exists():
         _, start = load_checkpoint(run / "ckpt.pt", model=flow.model, ema=ema.model, opt=opt)
     if args.compile:
         compile_blocks(flow.model)
     ddp = flow
     if world > 1:
         ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True, broadcast_buffers=False)
+    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
 
-    stop = []                                                 # Ctrl-C or SIGTERM fill it
+    stop = []  # Ctrl-C or SIGTERM fill it: finish the step, save
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
-    if rank == 0:
-        trim_log(run / "log.jsonl", start)
     B = args.global_batch_size
-    part = slice(rank * B // world, (rank + 1) * B // world)  # this process's images of a batch
-    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
-    seen = 0                                                  # images since the last line of the log,
-    seconds = 0                                               # and the time they took
+    part = slice(rank * B // world, (rank + 1) * B // world)  # this process's share of a batch
     done = start
+    seen = seconds = 0  # since the last line of the log
 
     for step in range(start, args.steps):
         began = time.perf_counter()
@@ -314,7 +276,8 @@ def train(args, data, vq, run, rank, world, device):
         t, z0, drop = flow.noise(B, seeded(device, args.seed, step))
         if args.logit_normal:
             t = logit_normal(t)
-        losses = backward(ddp, codes, y, [x[part] for x in (t, z0, drop)], args)
+        noise = [x[part] for x in (t, z0, drop)]
+        losses = backward(ddp, codes, y, noise, args)
 
         # One message tells all processes the mean losses, and whether any was asked to stop.
         stopping = torch.tensor(float(len(stop) > 0), device=device)
@@ -324,11 +287,10 @@ def train(args, data, vq, run, rank, world, device):
         grad_norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), args.grad_clip).item()
         *means, stopping = message.tolist()
         if not math.isfinite(means[0] + grad_norm):
-            raise InputError(f"step {step + 1}: loss {means[0]}, gradient norm {grad_norm:.3g}; go "
-                             "on from the last checkpoint with --resume and a smaller --lr")
+            raise InputError(f"step {step + 1}: loss {means[0]}; --resume with a smaller --lr")
 
         lr = learning_rate(args, step)
-        for group in opt.param_groups:          # the flags override the checkpoint
+        for group in opt.param_groups:  # the flags override the checkpoint
             group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
         opt.zero_grad()
@@ -339,21 +301,20 @@ def train(args, data, vq, run, rank, world, device):
         seconds += time.perf_counter() - began  # without pictures and checkpoints
         bar.update()
 
-        if rank == 0:
-            if done == 1 or done % args.log_every == 0:
-                record = {"step": done, **dict(zip(losses, means)), "grad_norm": grad_norm,
-                          "lr": lr, "images_per_second": seen / seconds}
-                with open(run / "log.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-                bar.set_postfix_str(f"loss={means[0]:.3f}, {seen / seconds:.0f} images/s", False)
-                seen = seconds = 0
-            # The numbered one comes first: a run killed between the two would never write it.
-            if due(args.keep_every, done, args):
-                save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
-            if stopping or due(args.ckpt_every, done, args):
-                save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
-            if due(args.sample_every, done, args) and not stopping:
-                save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
+        if rank == 0 and (done == 1 or done % args.log_every == 0):
+            speed = seen / seconds
+            record = dict(zip(losses, means), grad_norm=grad_norm, lr=lr, images_per_second=speed)
+            with open(run / "log.jsonl", "a") as file:
+                file.write(json.dumps({"step": done, **record}) + "\n")
+            bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s", refresh=False)
+            seen = seconds = 0
+        # The numbered checkpoint comes first: a run killed between the two would never write it.
+        if rank == 0 and due(args.keep_every, done, args):
+            save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
+        if rank == 0 and (stopping or due(args.ckpt_every, done, args)):
+            save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
+        if rank == 0 and due(args.sample_every, done, args):
+            save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
         if stopping:
             break
     bar.close()
@@ -364,80 +325,56 @@ def due(every, done, args):
     return every > 0 and (done % every == 0 or done == args.steps)
 
 
-def trim_log(path, step):
-    """Drop from a log what a killed process left: half a line, and steps after the checkpoint."""
-    lines = path.read_text().splitlines(True) if path.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    with write_whole(path) as file:
-        file.writelines(line.encode() for line in whole if json.loads(line)["step"] <= step)
-
-
 # ---------- command line
-
-def number(low, high=math.inf):
-    """Make an argparse type: a number in [low, high), of the type of low."""
-    def number(text):  # argparse prints this name
-        value = type(low)(text)
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
-        return value
-    return number
-
 
 def flags():
     parser = argparse.ArgumentParser(
-        description="Train Purrception or a baseline. The data's recipe.txt overrides the defaults.",
+        description="Train on codes. The defaults are the paper's, (*) goes beyond it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
-    demo = Path(__file__).with_name("demo") / "cats"
+    cats = Path(__file__).with_name("demo") / "cats"
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument
-    add("--data", default=str(demo), help="data directory")
-    add("--name", help="name of the run, in runs/NAME; None: the first free number")
-    add("--resume", action="store_true", help="continue the run --name, or the newest run")
+    add("--data", default=str(cats), help="data directory")
+    add("--name", help="folder in runs/; None: the first free number")
+    add("--resume", action="store_true", help="continue --name or the newest run")
     add("--objective", default="purrception", choices=OBJECTIVES, help="the method or a baseline")
-    add("--model", default="DiT-XL/2", choices=SIZES, metavar="SIZE", help=", ".join(SIZES))
-    add("--steps", type=number(1), default=3_500_000, help="training steps")
-    add("--global-batch-size", type=number(1), default=256, help="images per step, in all")
-    add("--accumulate", type=number(1), default=1, help="micro-batches per process and step")
-    add("--lr", type=number(1e-12), default=1e-4, help="learning rate of AdamW")
-    add("--warmup", type=number(0), default=0, help="steps over which the learning rate rises")
-    add("--cooldown", type=number(0.0, 1.0), default=0.0,
-        help="share of the steps, the last ones, over which it falls to 0: beyond the paper")
-    add("--weight-decay", type=number(0.0), default=0.01, help="weight decay of AdamW")
-    add("--grad-clip", type=number(1e-12), default=1.0, help="norm to which gradients are clipped")
-    add("--ema-decay", type=number(0.0, 1.0), default=0.9999, help="decay of the averaged weights")
+    add("--model", default="DiT-XL/2", choices=SIZES, help="size of the network")
+    add("--steps", type=int, default=3_500_000, help="training steps")
+    add("--global-batch-size", type=int, default=256, help="images per step, in all")
+    add("--accumulate", type=int, default=1, help="micro-batches per process")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
+    add("--warmup", type=int, default=0, help="steps over which it rises")
+    add("--cooldown", type=float, default=0.0, help="share of them over which it falls to 0 (*)")
+    add("--weight-decay", type=float, default=0.01, help="that of AdamW")
+    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
+    add("--ema-decay", type=float, default=0.9999, help="that of the averaged weights")
     add("--ema-ramp", action=switch, default=False, help="limit it to (1 + step) / (10 + step)")
-    add("--z-loss", type=number(0.0), default=1e-5, help="weight of the z-loss, if there are logits")
-    add("--geometric-head", action=switch, default=False,
-        help="start the head from the codebook: beyond the paper; regressions have none")
-    add("--logit-normal", action=switch, default=False,
-        help="draw t with logit(t) ~ N(0, 1), not uniformly: beyond the paper")
-    add("--label-dropout", type=number(0.0, 1.0), default=0.1, help="share of labels to drop")
-    add("--seed", type=number(0, 2 ** 63), default=0, help="seed of weights, data order and noise")
+    add("--z-loss", type=float, default=1e-5, help="weight of the z-loss")
+    add("--geometric-head", action=switch, default=False, help="start the head as E suggests (*)")
+    add("--logit-normal", action=switch, default=False, help="draw t with logit(t) ~ N(0, 1) (*)")
+    add("--label-dropout", type=float, default=0.1, help="share of labels to drop")
+    add("--seed", type=int, default=0, help="seed of all that is random")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
     add("--compile", action=switch, default=False, help="torch.compile the blocks and the loss")
-    add("--log-every", type=number(1), default=100, help="steps between lines of log.jsonl")
-    add("--ckpt-every", type=number(1), default=25_000, help="steps between checkpoints")
-    add("--keep-every", type=number(0), default=0, help="the same for numbered ones; 0: none")
-    add("--sample-every", type=number(0), default=5000, help="steps between pictures; 0: none")
+    add("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
+    add("--ckpt-every", type=int, default=25_000, help="steps between checkpoints")
+    add("--keep-every", type=int, default=0, help="steps between numbered ones; 0: none")
+    add("--sample-every", type=int, default=5000, help="steps between pictures; 0: none")
     return parser
 
 
 def parse(argv=None):
-    """Return the flags, and the folder of the run that they resume, or None.
-
-    The command line overrides the data's recipe.txt or, with --resume, the run's own flags.
-    """
+    """Return the flags, and the folder of the run that they resume, or None."""
     parser = flags()
     words = sys.argv[1:] if argv is None else list(argv)
     first, _ = parser.parse_known_args(words)
-    parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
     recipe = Path(first.data, "recipe.txt")
     run = find_run(first.name) if first.resume else None
+    parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
     if run and (run / "args.json").exists():
         parser.set_defaults(**json.loads((run / "args.json").read_text()))
-    elif run:  # a run of an older version
+    elif run:  # of an older version
         parser.set_defaults(**load_checkpoint(run / "ckpt.pt")[0])
     elif recipe.exists():
         words = [f"@{recipe}", *words]
@@ -449,17 +386,15 @@ def main(argv=None):
     args, run = parse(argv)
     rank, world, device = setup_process()
     if args.global_batch_size % (world * args.accumulate):
-        raise InputError(f"--global-batch-size {args.global_batch_size}: must be a multiple of "
-                         f"{world} processes times --accumulate {args.accumulate}")
+        raise InputError(f"--global-batch-size: give a multiple of {world} * {args.accumulate}")
     data, vq = open_data(args.data, device)
     args.data = str(data.path)
     if args.bf16 is None:
         args.bf16 = bf16_is_fast(device)
-
-    if world > 1:       # process 0 may be saving or sampling
-        backend = "nccl" if device.type == "cuda" else "gloo"
+    if world > 1:
         gpu = device if device.type == "cuda" else None
-        dist.init_process_group(backend, device_id=gpu, timeout=timedelta(hours=1))
+        pause = timedelta(minutes=15)  # process 0 may be saving or sampling
+        dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=pause)
     if rank == 0:
         run = run or new_run(args.name)
         del args.name, args.resume

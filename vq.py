@@ -4,15 +4,12 @@
     embed     c -> z = e_c                                          codes to latents
     decode    c -> decoder(e_c)                                     codes to images
 
-One network serves three kinds of weights, recognised by their keys: vq-f8 of latent-diffusion,
-LlamaGen's vq_ds8_c2i.pt, and those this project trains.
+The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), of vq_ds8_c2i
+(FoundationVision/LlamaGen), and of this project's tokenizers.
 
     python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip      also with torchrun
     python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt          original | reconstruction
 
-Pictures, files and processes, which the later scripts share, come last: skip them at first.
-
-References: VQGAN (arXiv 2012.09841); CompVis/latent-diffusion; FoundationVision/LlamaGen.
 Shapes: B batch, H W pixels, h w grid of codes, K codes, d code dimension, C channels.
 """
 import argparse
@@ -41,13 +38,15 @@ from flow import nearest_code
 
 # ---------- the network
 
+def chain(**layers):
+    return nn.Sequential(OrderedDict(layers))
+
+
 def conv3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
 class ResBlock(nn.Module):
-    """Map features [B,c_in,h,w] to [B,c_out,h,w]. norm(channels) makes a normalisation."""
-
     def __init__(self, c_in, c_out, norm):
         super().__init__()
         self.norm1 = norm(c_in)
@@ -66,7 +65,10 @@ class Attention(nn.Module):
     def __init__(self, c, norm):
         super().__init__()
         self.norm = norm(c)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
 
     def forward(self, x):
         n = self.norm(x)
@@ -77,25 +79,13 @@ class Attention(nn.Module):
         return x + self.proj_out(h)
 
 
-def downsample(c):
-    pad = nn.ZeroPad2d((0, 1, 0, 1))  # vq-f8 pads right and bottom only
-    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(c, c, 3, stride=2)))
-
-
-def upsample(c):
-    repeat = nn.Upsample(scale_factor=2)
-    return nn.Sequential(OrderedDict(repeat=repeat, conv=conv3(c, c)))
-
-
 def middle(c, norm):
-    return nn.Sequential(OrderedDict(
-        block_1=ResBlock(c, c, norm),
-        attn_1=Attention(c, norm),
-        block_2=ResBlock(c, c, norm)))
+    return chain(block_1=ResBlock(c, c, norm), attn_1=Attention(c, norm),
+                 block_2=ResBlock(c, c, norm))
 
 
 class Level(nn.Module):
-    """Apply residual blocks, each followed by attention if asked, then change the resolution."""
+    """Apply residual blocks, perhaps with attention, then perhaps change the resolution."""
 
     def __init__(self, c_in, c_out, num_blocks, attention, norm, down=False, up=False):
         super().__init__()
@@ -104,8 +94,13 @@ class Level(nn.Module):
         for i in range(num_blocks):
             self.block.append(ResBlock(c_out if i else c_in, c_out, norm))
             self.attn.append(Attention(c_out, norm) if attention else nn.Identity())
-        self.downsample = downsample(c_out) if down else nn.Identity()
-        self.upsample = upsample(c_out) if up else nn.Identity()
+        self.downsample = chain()
+        self.upsample = chain()
+        if down:  # vq-f8 pads right and bottom only
+            pad = nn.ZeroPad2d((0, 1, 0, 1))
+            self.downsample = chain(pad=pad, conv=nn.Conv2d(c_out, c_out, 3, stride=2))
+        if up:
+            self.upsample = chain(repeat=nn.Upsample(scale_factor=2), conv=conv3(c_out, c_out))
 
     def forward(self, h):
         for block, attn in zip(self.block, self.attn):
@@ -113,69 +108,45 @@ class Level(nn.Module):
         return self.upsample(self.downsample(h))
 
 
-class Encoder(nn.Module):
-    """Map images [B,3,H,W] to features [B,z_channels,h,w]."""
-
-    def __init__(self, ch, ch_mult, num_res_blocks, z_channels, norm):
-        super().__init__()
-        self.conv_in = conv3(3, ch)
-        self.down = nn.ModuleList()
-        last = len(ch_mult) - 1
-        c = ch
-        for i, m in enumerate(ch_mult):
-            self.down.append(Level(c, ch * m, num_res_blocks, i == last, norm, down=i < last))
-            c = ch * m
-        self.mid = middle(c, norm)
-        self.norm_out = norm(c)
-        self.conv_out = conv3(c, z_channels)
-
-    def forward(self, x):
-        h = self.conv_in(x)
-        for level in self.down:
-            h = level(h)
-        h = self.mid(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def encoder(ch, ch_mult, num_blocks, z_channels, norm):
+    """Map images [B,3,H,W] to [B,z_channels,h,w]."""
+    last = len(ch_mult) - 1
+    down = nn.Sequential()
+    c = ch
+    for i, m in enumerate(ch_mult):
+        down.append(Level(c, ch * m, num_blocks, i == last, norm, down=i < last))
+        c = ch * m
+    return chain(conv_in=conv3(3, ch), down=down, mid=middle(c, norm), norm_out=norm(c),
+                 act=nn.SiLU(), conv_out=conv3(c, z_channels))
 
 
-class Decoder(nn.Module):
-    """Map features [B,z_channels,h,w] to images [B,3,H,W]. up.0 is the finest level, the last."""
-
-    def __init__(self, ch, ch_mult, num_res_blocks, z_channels, norm):
-        super().__init__()
-        last = len(ch_mult) - 1
-        c = ch * ch_mult[-1]
-        self.conv_in = conv3(z_channels, c)
-        self.mid = middle(c, norm)
-        self.up = nn.ModuleList()
-        for i, m in reversed(list(enumerate(ch_mult))):
-            self.up.insert(0, Level(c, ch * m, num_res_blocks + 1, i == last, norm, up=i > 0))
-            c = ch * m
-        self.norm_out = norm(c)
-        self.conv_out = conv3(c, 3)
-
-    def forward(self, z):
-        h = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+def decoder(ch, ch_mult, num_blocks, z_channels, norm):
+    """Map [B,z_channels,h,w] to images [B,3,H,W]."""
+    last = len(ch_mult) - 1
+    levels = {}
+    top = c = ch * ch_mult[-1]
+    for i, m in reversed(list(enumerate(ch_mult))):  # up.0, the finest level, is the last
+        levels[str(i)] = Level(c, ch * m, num_blocks + 1, i == last, norm, up=i > 0)
+        c = ch * m
+    return chain(conv_in=conv3(z_channels, top), mid=middle(top, norm), up=chain(**levels),
+                 norm_out=norm(c), act=nn.SiLU(), conv_out=conv3(c, 3))
 
 
 class VQ(nn.Module):
-    """Autoencode images through a grid of discrete codes. The defaults are vq-f8's.
+    """Autoencode images through a grid of codes. Defaults are vq-f8's, key names CompVis's.
 
-    Key names are CompVis's. With l2_norm (LlamaGen), codes and encoder outputs are unit vectors;
-    the authors' release samples with codes that are not normalised. A group of a GroupNorm needs
-    several channels, so that narrow networks take fewer groups.
+    With l2_norm (LlamaGen), codes and encoder outputs are unit vectors; the authors' release
+    samples with codes that are not normalised.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, n_embed=16384,
                  embed_dim=4, l2_norm=False, num_groups=32):
         super().__init__()
         norm = functools.partial(nn.GroupNorm, num_groups, eps=1e-6)
-        self.factor = 2 ** (len(ch_mult) - 1)  # pixels a code, across and down
+        self.factor = 2 ** (len(ch_mult) - 1)  # pixels a code
         self.l2_norm = l2_norm
-        self.encoder = Encoder(ch, ch_mult, num_res_blocks, z_channels, norm)
-        self.decoder = Decoder(ch, ch_mult, num_res_blocks, z_channels, norm)
+        self.encoder = encoder(ch, ch_mult, num_res_blocks, z_channels, norm)
+        self.decoder = decoder(ch, ch_mult, num_res_blocks, z_channels, norm)
         self.quantize = nn.Module()
         self.quantize.embedding = nn.Embedding(n_embed, embed_dim)
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
@@ -204,8 +175,8 @@ class VQ(nn.Module):
         z = z.movedim(1, -1).to(E.dtype)  # [B,h,w,d]
         if self.l2_norm:
             z = F.normalize(z, dim=-1)
-        codes = nearest_code(z.flatten(0, -2), E)
-        return codes.view(z.shape[:-1])
+        codes = nearest_code(z.flatten(0, 2), E)
+        return codes.view(z.shape[:3])
 
     def decode(self, codes):
         """Map codes [B,h,w] to images [B,3,H,W], clamped to [-1,1]."""
@@ -226,7 +197,7 @@ TRAINERS = re.compile(r"(pytorch_lightning|lightning)\..+|argparse\.Namespace|_c
 
 
 class Stub:
-    """Stand in for a trainer's pickled object."""
+    """Stand in for a trainer's object."""
 
     def __init__(self, *_, **__):
         pass
@@ -235,23 +206,22 @@ class Stub:
 
 
 def read_checkpoint(path):
-    """Read a torch.save file onto the CPU; its tensors stay on the disk until they are used.
+    """Read a torch.save file onto the CPU, its tensors when they are used.
 
-    Nothing in it is executed: trainers' objects become stubs, others are refused. Raises InputError
-    if it is unsafe, damaged, or older than torch 1.6.
+    Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("not a zip file; load and save those of torch < 1.6 with a newer torch")
+            raise ValueError("no zip file; save those of torch < 1.6 again with a newer torch")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        unknown = [name for name in names if not TRAINERS.fullmatch(name)]
-        if unknown:
-            raise ValueError(f"it asks for {unknown[0]}, which could run code")
+        for name in names:
+            if not TRAINERS.fullmatch(name):
+                raise ValueError(f"it asks for {name}, which could run code")
         stubs = [(OrderedDict if name.endswith("Dict") else Stub, name) for name in names]
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, "cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path}: not readable as weights ({one_line(error)}); use another file")
+        raise InputError(f"{path}: unreadable weights: {one_line(error)}")
 
 
 def from_llamagen(state):
@@ -262,19 +232,20 @@ def from_llamagen(state):
     for key, x in state.items():
         key = re.sub(r"\.mid\.([012])", lambda m: f".mid.{middle[m[1]]}", key)
         key = re.sub(r"decoder\.conv_blocks\.(\d+)", lambda m: f"decoder.up.{top - int(m[1])}", key)
-        key = key.replace("encoder.conv_blocks", "encoder.down").replace(".res.", ".block.")
+        key = key.replace("encoder.conv_blocks", "encoder.down")
+        key = key.replace(".res.", ".block.")
         renamed[key] = x
     renamed.pop("quantize.codebook_used", None)
     return renamed
 
 
 def count(state, prefix):
-    """Count the modules whose keys in a state dict are prefix, a number, and more."""
+    """Count the modules of a state dict whose keys are a prefix, a number, and more."""
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def config_of(state):
-    """Infer the arguments of VQ from the keys and shapes of published weights."""
+    """Infer the arguments of VQ from the keys and shapes of its weights."""
     ch = len(state["encoder.conv_in.weight"])
     levels = range(count(state, "encoder.down."))
     n_embed, embed_dim = state["quantize.embedding.weight"].shape
@@ -288,15 +259,15 @@ def config_of(state):
 
 
 def load_vq(path, device="cpu"):
-    """Load a tokenizer as a frozen VQ in eval mode, float32.
+    """Load a frozen VQ, in eval mode and float32. Raises InputError for other or damaged files.
 
-    path: vq-f8's model.ckpt, LlamaGen's vq_ds8_c2i.pt, or {"config": arguments of VQ, "state_dict":
-    tensors}. Raises InputError for other, damaged or unsafe files.
+    path: vq-f8's or LlamaGen's file, or {"config": arguments of VQ, "state_dict": tensors}.
     """
     file = read_checkpoint(path)
     try:
         if "config" in file:
-            config, state = file["config"], file["state_dict"]
+            config = file["config"]
+            state = file["state_dict"]
         elif "state_dict" in file:  # CompVis
             extra = "loss.", "model_ema."
             state = {k: x for k, x in file["state_dict"].items() if not k.startswith(extra)}
@@ -308,8 +279,8 @@ def load_vq(path, device="cpu"):
             vq = VQ(**config)
         state = {key: x.to(torch.float32, copy=True) for key, x in state.items()}
         vq.load_state_dict(state, assign=True)
-    except Exception as error:  # load_state_dict names key and shapes
-        raise InputError(f"{path}: not a tokenizer ({one_line(error)}); use vq-f8 or vq_ds8_c2i")
+    except Exception as error:
+        raise InputError(f"{path}: no tokenizer: {one_line(error)}; use vq-f8 or vq_ds8_c2i")
     vq = vq.eval().requires_grad_(False).to(device)
     if torch.device(device).type == "cpu":  # 1.6x faster; on a GPU, GroupNorm would copy
         vq = vq.to(memory_format=torch.channels_last)
@@ -324,13 +295,15 @@ EMPTY = 2 ** 16 - 1
 
 
 def list_images(root):
-    """List an ImageFolder tree: sorted paths, labels, class names. A flat folder is one class."""
+    """List a folder of class folders, or of one class: sorted paths, labels, class names."""
     paths = find_images(root)
-    stray = [path for path in paths if path.parent == root]
-    if not paths or 0 < len(stray) < len(paths):
-        raise InputError(f"{stray[0] if stray else root}: give a folder of {' '.join(SUFFIXES)} "
-                         "files, or of class folders of them alone")
-    names = [root.resolve().name if stray else path.relative_to(root).parts[0] for path in paths]
+    flat = [path for path in paths if path.parent == root]
+    if not paths or 0 < len(flat) < len(paths):
+        raise InputError(f"{(flat or [root])[0]}: give a folder of images, or of class folders")
+    if flat:
+        names = [root.resolve().name] * len(paths)
+    else:
+        names = [path.relative_to(root).parts[0] for path in paths]
     classes, labels = np.unique(names, return_inverse=True)
     return paths, labels, classes.tolist()
 
@@ -350,7 +323,7 @@ def open_arrays(args, labels, side, rank):
 
 
 def encode_folder(args, vq, rank, world, device):
-    """Encode this process's share of the images: the rows that are still EMPTY."""
+    """Encode this process's share of the rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
     names = repr([path.relative_to(args.images) for path in paths])
     meta = dict(
@@ -370,43 +343,46 @@ def encode_folder(args, vq, rank, world, device):
             labels[i] = -1  # before its codes replace EMPTY
             return np.zeros((args.size, args.size, 3), np.uint8)
 
-    todo = [i for i in range(rank, len(paths), world) if any((c[i] == EMPTY).any() for c in maps)]
-    batches = [todo[i:i + args.batch_size] for i in range(0, len(todo), args.batch_size)]
-    bar = tqdm(batches, "encode", unit=" batches", disable=rank > 0)
-    for rows, pixels in zip(bar, read_ahead(read, batches)):
+    def missing(i):
+        return any((codes[i] == EMPTY).any() for codes in maps)
+
+    todo = [i for i in range(rank, len(paths), world) if missing(i)]
+    n = args.batch_size
+    total = math.ceil(len(todo) / n)
+    for rows, pixels in tqdm(read_ahead(read, todo, n), "encode", total, disable=rank > 0):
         pixels = torch.from_numpy(np.stack(pixels))
         x = from_pixels(pixels.to(device))  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
             codes[rows] = vq.encode(images).cpu().numpy()
     if rank == 0:
-        wait_for(lambda: all((codes[:, 0, 0] != EMPTY).all() for codes in maps))
+        wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
         bad = (labels < 0).sum()
         if bad == len(labels):
-            raise InputError(f"{args.images}: no file can be read as a picture")
-        print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} unreadable ones left "
-              f"out; next: python train.py --data {args.out}")
+            raise InputError(f"{args.images}: no picture is readable")
+        print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} left out")
+        print(f"next: python train.py --data {args.out}")
 
 
 def reconstruct(args, vq, device):
-    """Write original | reconstruction of each picture, and print its PSNR in dB."""
-    for i, path in enumerate(args.reconstruct):
-        original = crop(read_image(path), args.size)[None]
-        codes = vq.encode(from_pixels(original).to(device))
-        again = vq.decode_pixels(codes).numpy()
+    """Write a sheet of originals and reconstructions, and print their PSNR in dB."""
+    pairs = []
+    for path in args.reconstruct:
+        original = crop(read_image(path), args.size)
+        codes = vq.encode(from_pixels(original[None]).to(device))
+        again = vq.decode_pixels(codes)[0].numpy()
         mse = np.square(original.astype(float) - again).mean()
-        psnr = 10 * math.log10(255 ** 2 / mse) if mse else math.inf
-        target = (args.out or Path("reconstructions")) / f"{i:03d}-{path.stem}.png"
-        save_image(target, [*original, *again], columns=2)
-        print(f"{target}: PSNR {psnr:.2f} dB")
+        print(f"{path}: PSNR {10 * math.log10(255 ** 2 / max(mse, 1e-9)):.2f} dB")
+        pairs += [original, again]
+    save_image(args.out or "reconstructions.png", pairs, columns=2)
 
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description="Encode images into codes, or reconstruct images.")
+    parser = argparse.ArgumentParser(description="Encode images into codes, or reconstruct some.")
     add = parser.add_argument
-    add("images", nargs="?", type=Path, help="ImageFolder tree to encode: one sub-folder per class")
-    add("--vq", type=Path, required=True, help="tokenizer: vq-f8, LlamaGen's or this project's")
-    add("--out", type=Path, help="folder to write; default with --reconstruct: reconstructions")
+    add("images", nargs="?", type=Path, help="folder to encode, one sub-folder per class")
+    add("--vq", type=Path, required=True, help="weights of the tokenizer")
+    add("--out", type=Path, help="folder to write; with --reconstruct, a picture")
     add("--size", type=int, default=256, help="side of the centre crop in pixels")
     add("--flip", action="store_true", help="also store the codes of the mirrored images")
     add("--reconstruct", nargs="+", type=Path, metavar="IMAGE", help="reconstruct these instead")
@@ -417,7 +393,7 @@ def main():
     rank, world, device = setup_process()
     vq = load_vq(args.vq, device)
     if len(vq.codebook) > EMPTY:
-        raise InputError(f"--vq {args.vq}: has more than {EMPTY} codes; use another")
+        raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
     if args.size <= 0 or args.size % vq.factor:
         raise InputError(f"--size {args.size}: give a positive multiple of {vq.factor}")
     if args.images:
@@ -429,11 +405,11 @@ def main():
 # ---------- pictures (from here on: skip on first reading)
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
-FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # Pillow opens some others by running programs
+FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # for some others, Pillow runs programs
 
 
 def from_pixels(pixels):
-    """Map uint8 [B,H,W,3] (tensor or array) to images float32 [B,3,H,W] in [-1,1]."""
+    """Map uint8 [B,H,W,3] to images float32 [B,3,H,W] in [-1,1]."""
     x = torch.as_tensor(pixels).movedim(-1, 1).contiguous()
     return x.float() / 127.5 - 1
 
@@ -445,13 +421,13 @@ def to_pixels(x):
 
 
 def find_images(folder):
-    """Return the sorted paths of all pictures in a folder and the folders in it."""
+    """List the pictures in a folder and the folders in it."""
     return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
                   for name in names if name.lower().endswith(SUFFIXES))
 
 
 def read_image(path):
-    """Read a picture as an upright RGB Image. Raises InputError."""
+    """Read a picture as an upright RGB Image."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -460,8 +436,8 @@ def read_image(path):
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds
-        raise InputError(f"{path}: not readable ({one_line(error)}); repair or remove it")
+    except Exception as error:
+        raise InputError(f"{path}: unreadable: {one_line(error)}; repair or remove it")
 
 
 def crop(image, size):
@@ -475,7 +451,7 @@ def crop(image, size):
 
 
 def sheet(pixels, columns):
-    """Arrange uint8 [B,H,W,3] in rows on a white picture [H',W',3], two pixels apart."""
+    """Arrange uint8 [B,H,W,3] on a white picture, two pixels apart."""
     B, H, W, _ = np.shape(pixels)
     rows = -(-B // columns)
     page = np.full((rows * columns, H + 2, W + 2, 3), 255, np.uint8)
@@ -485,7 +461,7 @@ def sheet(pixels, columns):
 
 
 def save_image(path, pixels, columns=None):
-    """Write uint8 [H,W,3] as a PNG file; [B,H,W,3] as a sheet of so many columns."""
+    """Write uint8 [H,W,3] as PNG; [B,H,W,3] as a sheet of so many columns."""
     pixels = sheet(pixels, columns) if columns else np.asarray(pixels)
     with write_whole(path) as file:
         Image.fromarray(pixels).save(file, "PNG")
@@ -498,13 +474,12 @@ class InputError(SystemExit):
 
 
 def one_line(error):
-    """Return the kind of an error and the start of what it says, on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 @contextlib.contextmanager
 def write_whole(path):
-    """Open a file that becomes `path` once it is complete. Raises InputError on failure."""
+    """Open a file that becomes `path` once complete."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -516,58 +491,60 @@ def write_whole(path):
             raise OSError("the disk is full")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        raise InputError(f"{path}: cannot be written ({one_line(error)})")
+        raise InputError(f"{path}: cannot be written: {one_line(error)}")
     finally:
         with contextlib.suppress(OSError):  # it is gone if all went well
             partial.unlink()
 
 
-def read_ahead(read, batches):
-    """Yield [read(x) for x in batch] for every batch, in order; threads keep two batches ahead."""
+def read_ahead(read, items, n):
+    """Yield n items at a time, with read() of each; threads read a batch ahead."""
+    ahead = deque()
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        ahead = deque()
-        for batch in batches:
-            ahead.append([pool.submit(read, x) for x in batch])
+        for i in range(0, len(items), n):
+            batch = items[i:i + n]
+            ahead.append((batch, pool.map(read, batch)))
             if len(ahead) > 2:
-                yield [future.result() for future in ahead.popleft()]
-        for futures in ahead:
-            yield [future.result() for future in futures]
+                batch, found = ahead.popleft()
+                yield batch, list(found)
+        for batch, found in ahead:
+            yield batch, list(found)
 
 
 def wait_for(ready):
-    """Wait until another process makes ready() true. If that one fails, torchrun ends this one."""
+    """Wait for another process; if it fails, torchrun ends this one."""
     while not ready():
         time.sleep(0.2)
 
 
 def claim_folder(folder, note, record, rank):
-    """Let process 0 write what a folder's files belong to, as JSON, into the file `note`.
-
-    Raises InputError if the folder holds files of another record. num_samples alone may differ.
-    """
+    """Record in `note` what a folder's files belong to, or refuse those of another record."""
     def ours():
-        with contextlib.suppress(OSError, ValueError, TypeError):  # no such file, another's file
-            return {**json.loads(note.read_text()), "num_samples": 0} == {**record, "num_samples": 0}
+        with contextlib.suppress(Exception):  # no file, or another's
+            return json.loads(note.read_text()) | free == record | free
 
+    free = {"num_samples": 0}  # which may differ
     if rank == 0:
         if any(folder.glob("[!.]*")) and not ours():
-            raise InputError(f"--out {folder}: holds other files (see {note}); use another folder")
+            raise InputError(f"--out {folder}: holds other files, see {note}; give another")
         with write_whole(note) as file:
             file.write(json.dumps(record, indent=1).encode())
-    wait_for(ours)  # two processes with different checkpoints never mix their images
+    wait_for(ours)  # processes with different checkpoints never mix their images
 
 
 def setup_process():
     """Return rank, world size and device, as torchrun sets them."""
-    rank, world, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32
     gpus = torch.cuda.device_count()
-    device = torch.device("cuda", local) if gpus else torch.device("cpu")
-    if gpus and local >= gpus:
-        raise InputError(f"--nproc_per_node: process {local} has no GPU; start at most {gpus}")
-    if gpus:
-        torch.cuda.set_device(device)
-    return rank, max(1, world), device
+    if gpus == 0:
+        return rank, world, torch.device("cpu")
+    if local >= gpus:
+        raise InputError(f"--nproc_per_node: there are only {gpus} GPUs")
+    torch.cuda.set_device(local)
+    return rank, world, torch.device("cuda", local)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""Check on a GPU what differs there: bf16 training, TF32, compiled blocks, batches of pictures, two ranks.
+"""Check on a GPU what differs there: bf16, TF32, compiled code, batches of pictures, two processes.
 
-    python -m pytest -m gpu tests                               on a GPU; in any other run GPUs are hidden, and these are skipped
-    python -m pytest tests/test_gpu.py --gpu-tests-on cpu       the same bodies on a CPU: they run, but prove little
-
-Shapes: B batch, h w grid, K codes, d code dimension.
+    python -m pytest -m gpu tests                             in other runs GPUs are hidden
+    python -m pytest tests/test_gpu.py --gpu-tests-on cpu     these run there, but prove little
 """
 import copy
-import signal
 
 import pytest
 import test_train
 import torch
+from fakes import tiny_dit
 from torch import nn
 
+import flow as method
+import train
 import vq
 from flow import Purrception
-from model import DiT
 
-pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]    # the compiler warns of exact float32
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]  # the compiler's own
 K, d, SIDE, CLASSES = 512, 4, 16, 10
 
 
@@ -31,20 +30,32 @@ def device(request):
 
 @pytest.fixture
 def tf32():
-    """Allow TF32 everywhere, as users and NVIDIA's containers do; afterwards restore torch's own settings."""
-    handler = signal.getsignal(signal.SIGINT)              # which start_process() replaces
+    """Allow TF32 everywhere, as NVIDIA's containers do; setup_process() takes back what harms."""
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
-    yield
-    torch.set_float32_matmul_precision("highest")
-    signal.signal(signal.SIGINT, handler)
+    torch.backends.cudnn.allow_tf32 = True  # torch's default
+    vq.setup_process()
 
 
-def method(device):
-    """Build the method around a network of three blocks, its weights drawn, so that no zero hides a mistake."""
-    torch.manual_seed(0)
-    net = DiT(input_size=SIDE, patch_size=2, in_channels=d, out_channels=K, hidden_size=128, depth=3, num_heads=2,
-              num_classes=CLASSES)
+@pytest.fixture
+def compiled(monkeypatch):
+    """Compile a copy as --compile does: the blocks, one by one, and the loss."""
+    eager = method.loss_and_gradient
+
+    def compiled(flow):
+        monkeypatch.setattr(method, "loss_and_gradient", eager)  # restored after the test, too
+        torch._dynamo.reset()
+        flow = copy.deepcopy(flow)
+        train.compile_blocks(flow.model)
+        assert method.loss_and_gradient is not eager
+        return flow
+
+    return compiled
+
+
+def build(device):
+    """Build the method around three blocks, with all weights drawn: no zero hides a mistake."""
+    net = tiny_dit(random=False, input_size=SIDE, in_channels=d, out_channels=K, hidden_size=128,
+                   depth=3, num_classes=CLASSES)
     for module in net.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
@@ -56,91 +67,73 @@ def batch(device, B=8):
     g = torch.Generator().manual_seed(1)
     codes = torch.randint(K, (B, SIDE, SIDE), generator=g)
     y = torch.randint(CLASSES, (B,), generator=g)
-    t = torch.rand(B, generator=g)
+    t, drop = torch.rand(2, B, generator=g)
     z0 = torch.randn(B, d, SIDE, SIDE, generator=g)
-    drop = torch.rand(B, generator=g) < 0.1
-    return [x.to(device) for x in (codes, y, t, z0, drop)]
+    return [x.to(device) for x in (codes, y, t, z0, drop < 0.1)]
 
 
 def step(flow, dtype=None):
-    """Compute the loss and the gradients of a training step, under autocast to dtype if given."""
+    """Compute the loss and the gradients of a step, under autocast to dtype if it is given."""
     device = flow.codebook.device
-    codes, y, *noise = batch(device)
-    if flow.codebook.dtype == torch.float64:
-        noise = [x.double() if x.is_floating_point() else x for x in noise]
+    codes, y, t, z0, drop = batch(device)
+    t, z0 = (x.to(flow.codebook.dtype) for x in (t, z0))
+    flow.zero_grad()
     with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        loss, _ = flow(codes, y, noise=noise)
+        loss, _ = flow(codes, y, noise=(t, z0, drop))
     loss.backward()
-    gradients = {name: x.grad.double().cpu() for name, x in flow.named_parameters() if x.requires_grad}
-    return loss.item(), gradients
+    params = {name: x for name, x in flow.named_parameters() if x.requires_grad}
+    return loss.item(), {name: x.grad.double().cpu() for name, x in params.items()}
 
 
-def assert_gradients_close(ours, theirs, off):
-    """Compare the norm of each tensor's difference to its own norm."""
-    for name, x in theirs.items():
-        assert (ours[name] - x).norm() <= off * x.norm(), name
+def assert_close(step, exact, off_loss, off):
+    """Compare two losses, and the norm of each gradient's difference to its own norm."""
+    (loss, gradients), (exact_loss, exact_gradients) = step, exact
+    assert abs(loss / exact_loss - 1) < off_loss
+    for name, x in exact_gradients.items():
+        assert (gradients[name] - x).norm() <= off * x.norm(), name
 
 
 @pytest.mark.parametrize("dtype, off_loss, off", [(None, 1e-4, 5e-3), (torch.bfloat16, 2e-3, 0.05)])
 def test_a_training_step_is_close_to_float64(device, dtype, off_loss, off):
-    loss, gradients = step(method(device), dtype)          # float32 here includes cuDNN's TF32 in the patch embedding
-    exact_loss, exact = step(method("cpu").double())
-    assert abs(loss / exact_loss - 1) < off_loss
-    assert_gradients_close(gradients, exact, off)
+    ours = step(build(device), dtype)  # in float32, cuDNN uses TF32 in the patch embedding
+    assert_close(ours, step(build("cpu").double()), off_loss, off)
 
 
-def compiled(flow):
-    """Compile the blocks of a copy, one by one, as --compile does."""
-    torch._dynamo.reset()
-    flow = copy.deepcopy(flow)
-    for block in flow.model.blocks:
-        block.compile()
-    return flow
-
-
-def test_a_compiled_training_step_is_close_to_an_eager_one(device):
-    flow = method(device)
+def test_a_compiled_training_step_is_close_to_an_eager_one(device, compiled):
+    flow = build(device)
+    eager = step(flow)
+    eager_bf16 = step(flow, torch.bfloat16)
     fast = compiled(flow)
-    for dtype, off in ((None, 1e-3), (torch.bfloat16, 0.05)):
-        flow.zero_grad()
-        fast.zero_grad()
-        loss, gradients = step(fast, dtype)
-        eager_loss, eager = step(flow, dtype)
-        assert abs(loss / eager_loss - 1) < off / 10
-        assert_gradients_close(gradients, eager, off)
     assert fast.state_dict().keys() == flow.state_dict().keys()
+    assert_close(step(fast), eager, 1e-4, 1e-3)
+    assert_close(step(fast, torch.bfloat16), eager_bf16, 5e-3, 0.05)
 
 
-def test_compiled_sampling_gives_nearly_the_same_codes(device):
-    flow = method(device)
-    flow.model.final_layer.linear.weight.data.mul_(4)      # sharp posteriors: otherwise all ends in the middle
+def test_compiled_sampling_gives_nearly_the_same_codes(device, compiled):
+    flow = build(device)
+    flow.model.final_layer.linear.weight.data.mul_(4)  # sharp posteriors: codes are many
     _, y, _, z0, _ = batch(device)
     for dtype, same in ((torch.float32, 0.99), (torch.bfloat16, 0.9)):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             codes = flow.sample(y, steps=10, cfg=1.3, noise=z0)
             again = compiled(flow).sample(y, steps=10, cfg=1.3, noise=z0)
         assert (again == codes).float().mean() > same
-        assert len(codes.unique()) > 20                    # else they agree for another reason
+        assert len(codes.unique()) > 20
 
 
-@pytest.mark.parametrize("started", [False, True])
-def test_nearest_codes_are_those_of_float64(device, started, request):
-    if started:
-        request.getfixturevalue("tf32")
-        vq.start_process()                                 # takes it back
+def test_nearest_codes_are_those_of_float64(device, tf32):
     g = torch.Generator().manual_seed(0)
     E = torch.randn(16384, d, generator=g)
     z = torch.randn(4, d, 32, 32, generator=g)
-    flow = Purrception(nn.Module(), E).to(device)
     rows = z.movedim(1, -1).flatten(0, 2)
     exact = torch.cat([torch.cdist(x, E.double()).argmin(1) for x in rows.double().split(512)])
-    for codes in (vq.nearest_code(rows.to(device), E.to(device)), flow.nearest(z.to(device)).flatten()):
-        assert (codes.cpu() != exact).float().mean() < 1e-3              # TF32 changes 1.5 %
+    codes = Purrception(nn.Module(), E).to(device).nearest(z.to(device))
+    assert (codes.flatten().cpu() != exact).float().mean() < 1e-3  # TF32 would change 1.5 %
 
 
 @torch.inference_mode()
 def tokenizer(device):
-    """Build a tokenizer of random weights whose codes are outputs of its encoder, so that images use many."""
+    """Build a random tokenizer whose codes are outputs of its encoder: images use many of them."""
     torch.manual_seed(0)
     net = vq.VQ(ch=32, ch_mult=(1, 2, 2), n_embed=1024, num_groups=8).eval()
     images = torch.rand(16, 3, 64, 64) * 2 - 1
@@ -152,29 +145,26 @@ def tokenizer(device):
 @torch.inference_mode()
 def test_tf32_does_not_change_encoded_codes(device, tf32):
     net, images = tokenizer(device)
-    vq.start_process()
-    torch.backends.cudnn.allow_tf32 = True                 # torch's default
     codes = net.encode(images)
-    torch.backends.cudnn.allow_tf32 = False
-    assert codes.equal(net.encode(images)) and len(codes.unique()) > 100
-    torch.backends.cudnn.allow_tf32 = True
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert codes.equal(net.encode(images)) and len(codes.unique()) > 100
     exact = net.cpu().encode(images.cpu())
-    assert (codes.cpu() != exact).float().mean() < 5e-3    # near ties alone
+    assert (codes.cpu() != exact).float().mean() < 5e-3  # near ties alone
 
 
 @torch.inference_mode()
 def test_pictures_decoded_in_batches_differ_by_a_grey_level_at_most(device):
     net, _ = tokenizer(device)
     codes = torch.randint(1024, (19, 16, 16), generator=torch.Generator().manual_seed(0)).to(device)
-    together = vq.decode_pixels(net, codes).int()
-    alone = torch.cat([vq.decode_pixels(net, c[None]) for c in codes]).int()
-    exact = vq.decode_pixels(net.cpu(), codes.cpu()).int()
+    together = net.decode_pixels(codes).int()
+    alone = torch.cat([net.decode_pixels(x[None]) for x in codes]).int()
+    exact = net.cpu().decode_pixels(codes.cpu()).int()
     assert together.shape == (19, 64, 64, 3) and together.float().std() > 5
     assert (together - alone).abs().max() <= 1
-    assert (together - exact).abs().max() <= 2             # TF32 is allowed here
+    assert (together - exact).abs().max() <= 2  # TF32 is allowed here
 
 
-def test_two_ranks_train_as_one(device, tmp_path, tiny_data):
+def test_two_processes_train_as_one(device, tmp_path, tiny_data):
     if device.type == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     test_train.test_two_processes_train_as_one(tmp_path, tiny_data)
