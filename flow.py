@@ -105,7 +105,7 @@ class Purrception(nn.Module):
         return self.nearest(z)
 
     def velocity(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute v = (mu - z) / (1 - t) (Eq. 13) at z [B,d,h,w], t [B]: [B,d,h,w]."""
+        """Compute v = (mu - z) / (1 - t), the mean under pi of (e_k - z) / (1 - t) (Eq. 11, 13)."""
         mu = self.mean(z, t, y, tau, cfg)
         t = t.view(-1, 1, 1, 1)
         return (mu - z) / (1 - t)
@@ -212,7 +212,7 @@ class CFM(Purrception):
 
 
 class Endpoint(CFM):
-    """Regress z1, as the authors' release can: the network returns mu, and v follows (Eq. 13)."""
+    """Regress z1, the paper's CFM-endpoint: the network returns mu, and v follows (Eq. 13)."""
 
     mean = CFM.velocity
 
@@ -346,7 +346,7 @@ def slope_weight(t, after):
     An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). In
     the last step, w = 1 overshoots, as mu comes to rest: 0.5 measured best.
     """
-    if after == 1:
+    if after > 1 - 1e-9:  # the last step
         return 0.5
     r = (1 - t) / (1 - after)
     return 1 - math.log(r) / (r - 1)

@@ -1,6 +1,6 @@
 """Map pixels to codes and back with the frozen VQ autoencoder whose codes Purrception generates.
 
-    encode    x -> h = encoder(x) -> c = argmin_k |h - e_k|         images to codes     (Eq. 9)
+    encode    x -> h = encoder(x) -> c = argmin_k |h - e_k|         images to codes     (Eq. 8, 9)
     embed     c -> z = e_c                                          codes to latents
     decode    c -> decoder(e_c)                                     codes to images
 
@@ -159,7 +159,7 @@ class VQ(nn.Module):
         return F.normalize(E, dim=1) if self.l2_norm else E
 
     def encode(self, x):
-        """Map images [B,3,H,W] in [-1,1], of multiples of self.factor, to codes [B,h,w] (Eq. 9)."""
+        """Map images [B,3,H,W] in [-1,1], a multiple of self.factor, to codes (Eq. 8, 9)."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
             h = self.quant_conv(self.encoder(x))
             return self.nearest(h)

@@ -109,10 +109,10 @@ class Study:
         _, _, self.device = setup_process()
         every = self.set.steps // self.set.checkpoints
         self.marks = range(every, self.set.steps + 1, every)
-        sources = [HERE / name for name in ("codes.npy", "reference.npz", "tokenizer.pt")]
-        sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest()
-                for file in (*sources, HERE / "recipe.txt", judge.WEIGHTS)}
-        record = settings | train.SIZES["DiT-demo/2"] | sums
+        names = "recipe.txt", "codes.npy", "reference.npz", "tokenizer.pt"
+        record = settings | train.SIZES["DiT-demo/2"]
+        for file in (*(HERE / name for name in names), judge.WEIGHTS):
+            record[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
         record = json.loads(json.dumps(record))  # tuples become lists
         claim_folder(folder, folder / "settings.json", record, rank=0)
         os.chdir(folder)

@@ -3,7 +3,6 @@
 Shapes: B batch, h w grid, N tokens of G positions, D width, K codes, d code dimension.
 """
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import flow
@@ -102,7 +101,7 @@ def plain_mean(f, *args):
 def plain_loss(logits, codes, z_weight):
     """Compute cross-entropy plus z-loss of logits [...,K], all at once, and its two parts."""
     logits = logits.flatten(0, -2)
-    ce = F.cross_entropy(logits, codes.flatten())
+    ce = nn.functional.cross_entropy(logits, codes.flatten())
     z_part = z_weight * logits.logsumexp(1).square().mean()
     return ce + z_part, ce, z_part
 

@@ -88,6 +88,8 @@ def test_known_codes_stay_and_are_on_their_path_at_all_times(order):
     z, _, y, codes = point(f)
     keep = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     keep[1:, :2] = True
+    f.codebook[6] = f.codebook[5]           # of the two, nearest() returns code 5
+    codes[:, 1, 0] = 6
     sampled = sample_beyond(f, y, 5, noise=z, known=codes.where(keep, -1), order=order)
     for at, t, _ in f.model.calls:
         on_path = f.path(z, codes, t)

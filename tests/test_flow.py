@@ -64,14 +64,12 @@ def test_noise_is_a_uniform_time_and_normal_numbers_of_each_positions_own():
     assert (correlation - torch.eye(len(correlation))).abs().max() < 0.1
 
 
-def test_noise_is_a_function_of_the_generators_seed_alone():
+def test_noise_is_a_function_of_the_generators_key_alone():
     f = method()
     state = torch.get_rng_state()
-    a, b, c = (f.noise(3, torch.Generator().manual_seed(seed)) for seed in (5, 5, 6))
+    a, b, c = (f.noise(3, seeded("cpu", *key)) for key in [(5, 1), (5, 1), (5, 2)])
     assert all(x.equal(y) for x, y in zip(a, b)) and not a[0].equal(c[0]) and not a[1].equal(c[1])
     assert state.equal(torch.get_rng_state())
-    a, b, c = (torch.rand(4, generator=seeded("cpu", *key)) for key in [(1, 2), (1, 2), (2, 1)])
-    assert a.equal(b) and not a.equal(c)    # train.py seeds its generators so
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -103,18 +101,21 @@ def test_the_defaults_are_the_papers():
     def default(function, name):
         return inspect.signature(function).parameters[name].default
 
-    assert default(Purrception, "z_loss") == default(linear_cross_entropy, "z_weight") == 1e-5
-    assert default(Purrception, "label_dropout") == 0.1
+    assert default(linear_cross_entropy, "z_weight") == 1e-5
     assert default(Purrception.sample, "steps") == 100
     assert default(Purrception.sample, "tau") == 0.9
     for function in Purrception.posterior, Purrception.mean, Purrception.velocity:
-        assert default(function, "tau") == default(function, "cfg") == 1.0
+        assert default(function, "tau") == 1.0
+    for objective in OBJECTIVES.values():
+        f = objective(Fake(), torch.randn(K, d))
+        assert f.z_loss == 1e-5 and f.label_dropout == 0.1
+        for function in f.sample, f.posterior, f.mean, f.velocity:
+            assert function is None or default(function, "cfg") == 1.0
 
 
 def test_the_codebook_is_frozen_and_kept_out_of_checkpoints():
     f = method()
-    names = [name for name, _ in f.named_parameters()] + list(f.state_dict())
-    assert not any("codebook" in name for name in names)
+    assert "codebook" not in f.state_dict()
     assert not f.codebook.requires_grad and f.codebook.dtype == torch.float32
 
 
@@ -275,7 +276,7 @@ def test_no_gradients_are_formed_when_none_are_wanted():
 
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
 def test_under_autocast_only_the_product_is_bf16(monkeypatch, features):
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: 4)    # a hundred chunks to sum
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: 1)    # two hundred chunks to sum
     (h, W, b), target = head_inputs(200, groups=2, dtype=torch.float32)
     inputs = [h.detach().to(features).requires_grad_(), W, b]
     with torch.autocast("cpu", torch.bfloat16):

@@ -20,14 +20,6 @@ def test_a_cat_does_not_depend_on_how_many_are_drawn_nor_its_numbers_on_the_size
     assert (cats.cats(12, seed=3, size=64)[2] == drawn[2]).all()
 
 
-def test_two_mirrors_change_nothing():
-    _, _, numbers = cats.cats(5, seed=0, size=8)
-    once = judge.mirror(numbers)
-    np.testing.assert_allclose(judge.mirror(once), numbers, atol=1e-6)
-    np.testing.assert_allclose(once[:, 0], 1 - numbers[:, 0], atol=1e-6)
-    assert (once[:, 1] == numbers[:, 1]).all()
-
-
 def test_figures_of_a_set_against_itself_and_against_a_distant_one():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(40, 64))

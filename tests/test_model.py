@@ -36,14 +36,15 @@ def test_xl_2_has_the_published_count_and_with_16384_codes_750_million():
         assert count(DiT()) == count(DiT(**size)) == (750_360_832, 294_912)
 
 
-@pytest.mark.parametrize("name, millions", [("S", 33), ("B", 130), ("L", 458), ("XL", 675)])
-def test_published_sizes_have_their_published_millions(name, millions):
+@pytest.mark.parametrize("name, heads, millions", [
+    ("S", 6, 33), ("B", 12, 130), ("L", 16, 458), ("XL", 16, 675)])
+def test_published_sizes_have_their_published_heads_and_millions(name, heads, millions):
     sizes = [SIZES[f"DiT-{name}/{p}"] for p in (1, 2, 4, 8)]
     assert [size["patch_size"] for size in sizes] == [1, 2, 4, 8]
     assert all(size | {"patch_size": 2} == sizes[1] for size in sizes)
     with torch.device("meta"):
         trained, _ = count(DiT(out_channels=8, **sizes[1]))
-    assert round(trained / 1e6) == millions
+    assert sizes[1]["num_heads"] == heads and round(trained / 1e6) == millions
 
 
 def test_state_dict_has_the_names_and_shapes_of_facebookresearch_dit():

@@ -121,7 +121,7 @@ def test_nearest_is_the_nearest_even_where_each_code_is_there_twice(K, size, aut
 @pytest.mark.parametrize("K", [1, 3, vq.EMPTY])
 def test_a_code_of_probability_zero_is_never_picked(K):
     pi = torch.rand(4, K, generator=torch.Generator().manual_seed(0)).softmax(1)
-    pi = torch.nn.functional.pad(pi, (1, 1))                # no first and no last code
+    pi = nn.functional.pad(pi, (1, 1))                      # no first and no last code
     uniform = torch.tensor([0.0, 0.25, 0.75, 1 - 2 ** -24])
     picked = flow.pick(pi, uniform)
     assert picked.shape == (4, 1) and pi.gather(1, picked).all()

@@ -18,8 +18,6 @@ TINY = dict(steps=4, checkpoints=2, batch=4, seeds=(0,), rates=(1e-3, 1e-2), ima
 GRIDS = torch.randint(K, (20, 4, 4), generator=torch.Generator().manual_seed(4))
 
 
-# ---------- arms
-
 def test_the_shuffled_codebook_is_a_permutation_and_the_same_each_time():
     plain, one, two = (method(name).codebook for name in ("purrception", "shuffled", "shuffled"))
     assert one.equal(two) and not one.equal(plain)
@@ -56,8 +54,6 @@ def test_the_arms_are_trained_alike_but_for_what_they_are_named_after(arm):
     assert beyond == ("geometric" in arm, "logit-normal" in arm)
     assert args.objective == ("purrception" if "geometric" in arm else arm.split("-")[0])
 
-
-# ---------- measures
 
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["purrception", "cfm", "endpoint"])
@@ -108,8 +104,6 @@ def test_a_crossing_lies_between_checkpoints_in_proportion():
             ([[5.0, 4.0, 3.0]], 2.0, "never")):
         assert study.shares(steps, curves, goal) == text
 
-
-# ---------- the study
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):

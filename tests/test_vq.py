@@ -207,7 +207,6 @@ def test_weights_depend_on_neither_precision_device_nor_later_state_of_the_file(
     path = tmp_path / "a.pt"
     monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
     torch.save({"config": TINY_VQ, "state_dict": state}, path)
-    assert b"cuda:7" in path.read_bytes()
     loaded = vq.load_vq(path)
     on_gpu = vq.load_vq(path, "meta")  # which stands for one
     for net, layout in (loaded, torch.channels_last), (on_gpu, torch.contiguous_format):
@@ -323,9 +322,8 @@ def test_pixels_survive_the_way_to_images_and_back_by_rounding():
     x = vq.from_pixels(pixels)
     assert x.shape == (1, 3, 16, 16) and x.min() == -1 and x.max() == 1
     assert torch.equal(vq.to_pixels(x), pixels)
-    level = torch.tensor([9.6, 10.4, -3., 254.6, 300.])  # grey levels
-    x = (level / 127.5 - 1).view(1, 1, 1, 5).expand(1, 3, 1, 5)
-    assert vq.to_pixels(x)[0, 0, :, 0].tolist() == [10, 10, 0, 255, 255]
+    x = torch.tensor([9.6, 10.4, -3., 254.6, 300.]) / 127.5 - 1  # of these grey levels
+    assert vq.to_pixels(x.view(1, 1, 1, 5)).flatten().tolist() == [10, 10, 0, 255, 255]
 
 
 def test_decoded_pixels_are_clamped_and_depend_on_neither_batch_nor_autocast():
@@ -350,8 +348,7 @@ def test_a_sheet_shows_every_picture_in_its_place(tmp_path):
 
 # ---------- encoding a data set
 
-FILES = """ant/0.png ant/1.JPEG ant/2.bmp bee/0.jpg bee/1.png bee/2.webp
-    cat/0.png cat/deep/1.png""".split()
+FILES = "ant/0.png ant/1.JPG ant/2.bmp bee/0.jpg bee/1.png bee/2.webp cat/0.png cat/d/1.png".split()
 BAD = FILES[3]  # in the second batch of three
 
 
@@ -373,10 +370,10 @@ def images(tmp_path):
 def run(monkeypatch, tiny_file, tmp_path):
     """Run vq.py with these arguments, in small batches; return its files by name."""
     def run(*arguments):
-        settings = ["--vq", tiny_file, "--out", tmp_path / "out", "--size", 32, "--batch-size", 3]
+        settings = "--vq", tiny_file, "--out", tmp_path / "out", "--size", 32, "--batch-size", 3
         monkeypatch.setattr(sys, "argv", ["vq.py", *map(str, [*settings, *arguments])])
         vq.main()
-        return {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        return {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*")}
     return run
 
 
@@ -401,7 +398,7 @@ def test_a_tree_is_encoded_class_by_class_without_its_unreadable_pictures(
     assert codes.dtype == np.uint16 and codes.max() < 32 and len(np.unique(codes)) > 8
     printed = capsys.readouterr().out
     assert str(images / BAD) in printed and str(paths[0]) not in printed
-    assert "7 images of 3 classes, 1 unreadable" in printed
+    assert "7 images of 3 classes, 1 left out" in printed
 
 
 def test_a_flat_folder_is_one_class_and_one_without_a_readable_picture_is_refused(run, images):
@@ -475,25 +472,26 @@ def test_batches_come_in_order_and_are_not_read_far_ahead():
         started.append(x)
         time.sleep(0.01 * (x % 2))  # of two threads one is always late
         return x
-    batches = [[i, i + 1] for i in range(0, 20, 2)]
-    ahead = vq.read_ahead(slow, batches)
+    items = list(range(20))
+    ahead = vq.read_ahead(slow, items, 2)
     first = next(ahead)
     time.sleep(0.2)  # time to read on
-    assert len(started) == 6 and [first, *ahead] == batches
+    assert len(started) == 6
+    assert [first, *ahead] == [([i, i + 1], [i, i + 1]) for i in items[::2]]
 
 
 def test_reconstruct_shows_both_pictures_and_prints_their_psnr(
         run, images, tiny_file, tmp_path, capsys):
     paths = images / "ant/0.png", images / "cat/0.png"
-    run("--reconstruct", *paths)
+    run("--reconstruct", *paths, "--out", tmp_path / "out.png")
     lines = capsys.readouterr().out.splitlines()
-    picture = np.asarray(Image.open(tmp_path / "out/001-0.png"))
-    original = vq.crop(vq.read_image(paths[1]), 32)
+    originals = np.stack([vq.crop(vq.read_image(path), 32) for path in paths])
     net = vq.load_vq(tiny_file)  # channels-last, which rounds differently
-    again = net.decode_pixels(net.encode(vq.from_pixels(original[None])))[0].numpy()
-    assert np.array_equal(picture, vq.sheet([original, again], 2))
-    psnr = 20 * np.log10(255 / np.sqrt(np.mean((original.astype(float) - again) ** 2)))
-    assert len(lines) == 2 and f"001-0.png: PSNR {psnr:.2f} dB" in lines[1]
+    again = net.decode_pixels(net.encode(vq.from_pixels(originals))).numpy()
+    page = vq.sheet([originals[0], again[0], originals[1], again[1]], 2)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), page)
+    psnr = 20 * np.log10(255 / np.sqrt(np.mean((originals[1].astype(float) - again[1]) ** 2)))
+    assert lines[1].endswith(f"0.png: PSNR {psnr:.2f} dB")
 
 
 def test_wrong_folders_sizes_and_codebooks_are_refused(run, images, tiny_file):
@@ -518,5 +516,5 @@ def test_a_process_has_torchruns_number_a_gpu_of_its_own_and_exact_products(monk
     assert vq.setup_process() == (5, 8, torch.device("cpu"))
     assert torch.get_float32_matmul_precision() == "highest"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(vq.InputError, match="--nproc_per_node: process 2 "):
+    with pytest.raises(vq.InputError, match="--nproc_per_node"):
         vq.setup_process()
