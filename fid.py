@@ -50,8 +50,6 @@ class Conv(nn.Module):
 
 
 class Branches(nn.ModuleDict):
-    """Concatenate the branches' outputs on the channel axis."""
-
     def forward(self, x):
         return torch.cat([branch(x) for branch in self.values()], 1)
 
@@ -231,10 +229,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     values = np.linalg.eigvalsh(R.T @ sigma2 @ R)
     tr_sqrt = np.sqrt(values.clip(min=0)).sum()
     difference = mu1 - mu2
-    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * tr_sqrt
+    traces = np.trace(sigma1) + np.trace(sigma2)
+    distance = difference @ difference + traces - 2 * tr_sqrt
     if not np.isfinite(distance):
         raise ValueError("the statistics are not finite")
-    return max(float(distance), 0.0)  # of a set to itself, -1e-12 by rounding
+    return max(float(distance), 0.0)  # equal sets may give -1e-12
 
 
 # ---------- sets of images
@@ -277,7 +276,7 @@ def read_folder(paths, args):
 def measure(path, features, args):
     """Return mu, sigma and N (0 if unknown) of a folder or an .npz."""
     images = find_images(path) if path.is_dir() else read_npz(path, features)
-    if isinstance(images, tuple):  # statistics
+    if isinstance(images, tuple):  # read_npz() found statistics
         return images
     if len(images) < 2:
         raise InputError(f"{path}: holds {len(images)} images; a covariance needs two")
@@ -299,7 +298,7 @@ def measure(path, features, args):
 def recorded(samples):
     """Return what sample.py recorded beside the samples, or {}."""
     path = samples.absolute()
-    name = path.stem if path.suffix == ".npz" else path.name
+    name = path.name.removesuffix(".npz")
     try:
         record = json.loads(path.with_name(f"{name}.json").read_text())
         return record if record["features"] in LABELS else {}
@@ -337,7 +336,7 @@ def main(argv=None):
         except ValueError as error:
             raise InputError(f"{args.samples}, {reference}: {one_line(error)}")
         few = 0 < n < len(mu) or 0 < theirs[2] < len(mu)
-        note = " (biased by few images, compare equal counts only)" if few else ""
+        note = " (biased by few images; compare equal counts only)" if few else ""
         print(f"{LABELS[features]}{note}, {n or 'unknown'} images ({args.samples}) against "
               f"{theirs[2] or 'unknown'} ({reference}): {distance:.4f}")
 

@@ -9,7 +9,8 @@ A tokenizer has turned each image into a grid of codes c (Eq. 9). Code k has the
     sampling    for s = 0..T-1:  t = s/T,  z <- z + v/T;  then the nearest code  (Appendix B)
 
 The method comes first, then its baselines, what goes beyond the paper, and last the head in chunks,
-which saves memory. Of the network they use hidden(), final_layer.linear and its sizes.
+which saves memory. Of the network they use its sizes, hidden() and final_layer.linear; DFM also
+extends x_embedder.
 
 Shapes: B batch, h w grid of codes, d code dimension, K codes; N tokens of G = p*p positions each,
 D width; n rows of logits at a time.
@@ -38,10 +39,8 @@ class Purrception(nn.Module):
     # ---------- training
 
     def forward(self, codes, y, noise=None):
-        """Compute the training loss of codes [B,h,w] of classes y [B], and its parts by name."""
-        if noise is None:
-            noise = self.noise(len(codes))
-        t, z0, drop = noise
+        """Return the loss of codes [B,h,w] with classes y [B], and a dictionary of its parts."""
+        t, z0, drop = noise or self.noise(len(codes))
         z = self.path(z0, codes, t)
         y = y.masked_fill(drop, self.model.num_classes)
         return self.loss(z, t, y, codes)
@@ -49,12 +48,12 @@ class Purrception(nn.Module):
     def noise(self, B, generator=None):
         """Draw t ~ U(0, 1) [B], z0, and which labels to drop [B].
 
-        The authors' release has t > 0.001 and drops no labels: "no class" stays untrained.
+        The authors' release draws t > 0.001 and drops no labels: its "no class" stays untrained.
         """
         device = self.codebook.device
-        t, drop = torch.rand(2, B, generator=generator, device=device)
+        t, u = torch.rand(2, B, generator=generator, device=device)
         z0 = self.prior(B, generator)
-        return t, z0, drop < self.label_dropout
+        return t, z0, u < self.label_dropout
 
     def prior(self, B, generator=None):
         """Draw z0 ~ N(0, I): [B,d,h,w]."""
@@ -76,7 +75,7 @@ class Purrception(nn.Module):
     def loss(self, z, t, y, codes):
         """Compute -log pi_c + z-loss (Eq. 14, Sec. 3.3) at the point z [B,d,h,w] of the path.
 
-        It is, without holding all logits at once:
+        It equals these lines, which would hold all logits at once:
 
             logits = self.model(z, t, y).flatten(0, 2)              # [Bhw,K]
             ce = F.cross_entropy(logits, codes.flatten())           # mean of -log pi_c
@@ -96,7 +95,7 @@ class Purrception(nn.Module):
     def sample(self, y, steps=100, tau=0.9, cfg=1.0, noise=None):
         """Sample codes [B,h,w] of classes y [B] from noise [B,d,h,w] (Appendix B).
 
-        The last of T steps lands on mu. The release takes T - 1 and divides by 1 - t + 1e-6.
+        The last of T steps lands on mu. The release takes T - 1 steps, with 1 - t + 1e-6 for 1 - t.
         """
         z = self.prior(len(y)) if noise is None else noise
         for s in range(steps):
@@ -112,18 +111,19 @@ class Purrception(nn.Module):
 
     def mean(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute mu = sum_k pi_k e_k: [B,d,h,w]."""
-        mu = []
+        chunks = []
         for logits in self.outputs(z, t, y, cfg):               # [n,K]
             pi = torch.softmax(logits / tau, 1)                 # Eq. 12, 15
             with torch.autocast(z.device.type, enabled=False):  # float32 island
-                mu.append(pi @ self.codebook)                   # [n,d]
-        return self.on_grid(mu).movedim(-1, 1)
+                chunks.append(pi @ self.codebook)               # [n,d]
+        return self.on_grid(chunks).movedim(-1, 1)
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute pi (Eq. 12, 15), which mean() never holds whole: [B,h,w,K]."""
-        logits = self.outputs(z, t, y, cfg)
-        pi = [torch.softmax(rows / tau, 1) for rows in logits]
-        return self.on_grid(pi)
+        """Compute pi (Eq. 12, 15), all of it: [B,h,w,K]."""
+        chunks = []
+        for logits in self.outputs(z, t, y, cfg):
+            chunks.append(torch.softmax(logits / tau, 1))
+        return self.on_grid(chunks)
 
     @torch.no_grad()
     def nearest(self, z):
@@ -135,41 +135,42 @@ class Purrception(nn.Module):
     # ---------- the network's outputs
 
     def guided(self, z, t, y, cfg):
-        """Run the network once: features [BN,D] whose logits are guided, u + cfg (c - u).
+        """Compute the features [BN,D] whose logits are null + cfg (cond - null).
 
-        c is with the class, u without. The head is affine: guiding its input costs half as much.
+        cond is with the class, null without. As the head is affine, it may run once, afterwards.
         """
         if cfg == 1:
             return self.model.hidden(z, t, y).flatten(0, 1)
-        null = torch.full_like(y, self.model.num_classes)
+        no_class = torch.full_like(y, self.model.num_classes)
         z = torch.cat([z, z])
         t = torch.cat([t, t])
-        y = torch.cat([y, null])
+        y = torch.cat([y, no_class])
         h = self.model.hidden(z, t, y).flatten(0, 1)
-        c, u = h.chunk(2)
-        return torch.lerp(u, c, cfg)
+        cond, null = h.chunk(2)
+        return torch.lerp(null, cond, cfg)
 
     def outputs(self, z, t, y, cfg):
-        """Yield the guided logits, [n,K] at a time, in float32.
+        """Yield the guided logits, [n,K] at a time (K = d for CFM), in float32.
 
-        First come those of all patches' first position, then those of their second, and so on.
+        They are sorted by position in the patch, then by image, then by patch.
         """
         head = self.model.final_layer.linear
         h = self.guided(z, t, y, cfg)
         G = self.model.patch_size ** 2
         weights = head.weight.chunk(G)  # [K,D] each
         biases = head.bias.chunk(G)
-        n = chunk_rows(len(biases[0]), h.device)
+        K = len(head.bias) // G
+        n = chunk_rows(K, h.device)
         for W, b in zip(weights, biases):
             for x in h.split(n):
                 logits = F.linear(x, W, b)
                 yield logits.float()
 
-    def on_grid(self, rows):
-        """Arrange what was made of outputs(), a list of [n,C], as [B,h,w,C]."""
+    def on_grid(self, chunks):
+        """Put results [n,C] for the chunks of outputs() back on the grid: [B,h,w,C]."""
         p = self.model.patch_size
         side = self.model.input_size // p
-        x = torch.cat(rows)                         # [GBN,C]
+        x = torch.cat(chunks)                       # [GBN,C]
         x = x.unflatten(0, (p, p, -1, side, side))  # [p,p,B,h/p,w/p,C]
         x = x.permute(2, 3, 0, 4, 1, 5)             # [B,h/p,p,w/p,p,C]
         return x.flatten(3, 4).flatten(1, 2)
@@ -180,7 +181,7 @@ class Purrception(nn.Module):
 class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
 
-    The head returns d numbers per position. There is no posterior, hence no tau but None.
+    The head returns d numbers per position. There is no posterior, so tau must be None.
     """
 
     posterior = None
@@ -202,8 +203,8 @@ class CFM(Purrception):
     def velocity(self, z, t, y, tau=None, cfg=1.0):
         """Return what the network regresses, guided: [B,d,h,w]."""
         assert tau is None, "a regression has no posterior, hence no temperature"
-        rows = list(self.outputs(z, t, y, cfg))  # [n,d] each
-        return self.on_grid(rows).movedim(-1, 1)
+        chunks = list(self.outputs(z, t, y, cfg))  # [n,d] each
+        return self.on_grid(chunks).movedim(-1, 1)
 
     def mean(self, z, t, y, tau=None, cfg=1.0):
         v = self.velocity(z, t, y, tau, cfg)
@@ -227,10 +228,10 @@ class Endpoint(CFM):
 
 
 class DFM(Purrception):
-    """Unmask codes one by one: masked discrete flow matching (Gat et al. 2024, arXiv 2407.15595).
+    """Unmask codes at random: masked discrete flow matching (Gat et al. 2024, arXiv 2407.15595).
 
-    A state is a grid of codes in which K means "masked", at time t with probability 1 - t. Loss
-    and network are Purrception's, with a first layer that embeds codes.
+    A state z is a grid of codes, in which each is K, "masked", with probability 1 - t. The loss is
+    Purrception's, and so is the network, behind a layer that embeds codes.
     """
 
     mean = velocity = None
@@ -242,7 +243,7 @@ class DFM(Purrception):
         model.x_embedder = nn.Sequential(embedder, model.x_embedder)
 
     def prior(self, B, generator=None):
-        """Draw two uniform numbers a position, when it is unmasked and as what: [B,2,h,w]."""
+        """Draw when each position is unmasked, and a number that picks its code: [B,2,h,w]."""
         side = self.model.input_size
         device = (generator or self.codebook).device
         return torch.rand(B, 2, side, side, generator=generator, device=device)
@@ -257,9 +258,9 @@ class DFM(Purrception):
     def sample(self, y, steps=100, tau=1.0, cfg=1.0, noise=None):
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
-        A step turns a masked position into code k with probability pi_k / (T (1 - t)): it does so
-        if it contains the position's first uniform number, and the second draws the code from pi.
-        The authors' release also masks codes again, and ends with arg max.
+        A masked position becomes code k with probability pi_k / (T (1 - t)) in a step: it does so
+        in the step that its first uniform number falls into; its second draws the code from pi.
+        The authors' release also masks codes again, and ends with an arg max.
         """
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)                      # [B,h,w] each
@@ -309,9 +310,9 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
                   interval=(0, 1), start=0.0, known=None):
     """Sample codes [B,h,w] as flow.sample does, for any method that has a mean, but with
 
-    order: 2 takes mu as linear in t through the last two calls, so that ten are enough;
-    interval: the times at which to guide (arXiv 2404.07724); the other calls cost half;
-    start: the time at which the noise [B,d,h,w] lies on the path, to go on from a picture;
+    order: 2 extends the line through the mu of the last two calls, so that ten are enough;
+    interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
+    start: a time; noise is then a point z_t of the path at that time, such as a noisy picture;
     known: codes [B,h,w] to end in, -1 where any may be chosen.
     """
     if known is None:
@@ -321,20 +322,20 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
     z1 = flow.embed(known.clamp(0))
     z = flow.prior(len(y)) if noise is None else noise
     low, high = interval
-    last_t = last_mu = None
+    old_t = old_mu = None
     for s in range(steps):
-        t = start + (1 - start) * s / steps
-        after = start + (1 - start) * (s + 1) / steps
+        t = start + (1 - start) * (s / steps)
+        after = start + (1 - start) * ((s + 1) / steps)  # exactly 1 at last
         times = torch.full((len(y),), t, device=z.device)
         guidance = cfg if low <= t <= high else 1.0
         mu = flow.mean(z, times, y, tau, guidance)
         mu = torch.where(free.unsqueeze(1), mu, z1)
         v = (mu - z) / (1 - t)
         if order == 2 and s > 0:
-            slope = (mu - last_mu) / (t - last_t)
+            slope = (mu - old_mu) / (t - old_t)
             v = v + slope_weight(t, after) * slope
-        last_t = t
-        last_mu = mu
+        old_t = t
+        old_mu = mu
         z = z + (after - t) * v
     codes = flow.nearest(z)
     return torch.where(free, codes, known)
@@ -346,7 +347,7 @@ def slope_weight(t, after):
     An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). In
     the last step, w = 1 overshoots, as mu comes to rest: 0.5 measured best.
     """
-    if after > 1 - 1e-9:  # the last step
+    if after == 1:
         return 0.5
     r = (1 - t) / (1 - after)
     return 1 - math.log(r) / (r - 1)
@@ -383,10 +384,10 @@ def nearest_code(z, E):
     numbers = 2 ** 26 if z.is_cuda else 2 ** 18
     n = max(1, numbers // len(E))
     codes = []
-    with torch.autocast(z.device.type, enabled=False):        # float32 island
-        for rows in z.split(n):                               # |z|^2 is the same for all k
-            distances = torch.addmm(e2, rows, E.T, alpha=-2)  # [n,K]
-            codes.append(distances.argmin(1))
+    with torch.autocast(z.device.type, enabled=False):  # float32 island
+        for rows in z.split(n):
+            scores = torch.addmm(e2, rows, E.T, alpha=-2)  # [n,K]: |z - e_k|^2 - |z|^2
+            codes.append(scores.argmin(1))
     return torch.cat(codes)
 
 
@@ -403,7 +404,7 @@ def to_tokens(codes, p):
 def chunk_rows(K, device):
     """Return how many rows of K logits to hold at a time: 256 MiB on a GPU, else 16 MiB.
 
-    A GPU wants large products. From 32 MiB on, a CPU's malloc would map new pages.
+    On a CPU, malloc would map new pages for every block from 32 MiB on.
     """
     numbers = 2 ** 26 if device.type == "cuda" else 2 ** 22
     return max(1, numbers // K)
@@ -429,18 +430,18 @@ def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
     G = target.shape[1]
     weight = weight.unflatten(0, (G, -1))  # [G,K,D]
     bias = bias.unflatten(0, (G, -1))      # [G,K]
-    wanted = torch.is_grad_enabled()
-    return LinearCrossEntropy.apply(h, weight, bias, target, z_weight, wanted)
+    grad = torch.is_grad_enabled()  # in forward() it never is
+    return LinearCrossEntropy.apply(h, weight, bias, target, z_weight, grad)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Compute the loss and, if wanted, its gradients in one pass; backward() only scales them.
+    """Compute the loss and, if asked, its gradients in one pass; backward() only scales them.
 
-    The gradient by a chunk of logits adds to those of h, weight and bias, and is dropped.
+    A chunk's gradient is added to those of h, weight and bias, and dropped.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, bias, target, z_weight, wanted):
+    def forward(ctx, h, weight, bias, target, z_weight, grad):
         dtype = product_dtype(h)
         exact = torch.promote_types(dtype, torch.float32)  # float32 island; float64 stays
         h = h.to(dtype)
@@ -449,7 +450,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         n = chunk_rows(weight.shape[1], h.device)
         ce = torch.zeros((), dtype=exact, device=h.device)
         z = torch.zeros_like(ce)
-        if wanted:
+        if grad:
             dh, dW, db = (torch.zeros_like(x, dtype=exact) for x in (h, weight, bias))
             ctx.save_for_backward(dh, dW, db)
 
@@ -459,14 +460,14 @@ class LinearCrossEntropy(torch.autograd.Function):
                     x = h[i:i + n]                    # [n,D]
                     c = target[i:i + n, g, None]      # [n,1]
                     logits = F.linear(x, W, bias[g])  # [n,K]
-                    ce_sum, z_sum, d = loss_and_gradient(logits.to(exact), c, z_weight)
+                    ce_sum, z_sum, dl = loss_and_gradient(logits.to(exact), c, z_weight)
                     ce += ce_sum
                     z += z_sum
-                    if wanted:
-                        db[g] += d.sum(0)
-                        d = d.to(dtype)
-                        dh[i:i + n] += d @ W
-                        dW[g] += d.T @ x
+                    if grad:
+                        db[g] += dl.sum(0)
+                        dl = dl.to(dtype)
+                        dh[i:i + n] += dl @ W
+                        dW[g] += dl.T @ x
 
         ctx.positions = target.numel()
         ce /= ctx.positions
@@ -485,7 +486,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 def loss_and_gradient(logits, c, z_weight):
     """Compute -log pi_c and z_weight L^2 of logits [n,K] and codes c [n,1], summed over rows.
 
-    L is the logsumexp. Also returns the gradient of both sums, which overwrites the logits.
+    L is the logsumexp. Also returns dl, the gradient of both sums, which overwrites the logits.
     """
     top = logits.amax(1, keepdim=True)
     logit_c = logits.gather(1, c)
@@ -493,6 +494,6 @@ def loss_and_gradient(logits, c, z_weight):
     L = top - pi.amax(1, keepdim=True).log()   # the largest pi is exp(top - L)
     ce = L - logit_c
     z = z_weight * L.square()
-    d = pi.mul_(1 + 2 * z_weight * L)  # d = pi (1 + 2 w L) - onehot(c)
-    d.scatter_add_(1, c, torch.full_like(L, -1))
-    return ce.sum(), z.sum(), d
+    dl = pi.mul_(1 + 2 * z_weight * L)  # dl = pi (1 + 2 z_weight L) - onehot(c)
+    dl.scatter_add_(1, c, torch.full_like(L, -1))
+    return ce.sum(), z.sum(), dl

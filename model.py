@@ -50,7 +50,7 @@ def sincos_2d(width, side):
 
 
 class TimestepEmbedder(nn.Module):
-    """Embed times t [B] as vectors [B,D]: cosines and sines of t, then an MLP."""
+    """Embed times t [B] in [0,1) (DiT: 0..999) by cosines, sines and an MLP: [B,D]."""
 
     def __init__(self, width, channels=256):
         super().__init__()
@@ -190,7 +190,7 @@ class DiT(nn.Module):
         return self.final_layer(x, cond)
 
     def forward(self, x, t, y):
-        """Compute the logits [B,h,w,K] of x [B,d,h,w], contiguous."""
+        """Compute the logits, contiguous [B,h,w,K], of x [B,d,h,w]."""
         p = self.patch_size
         side = self.input_size // p
         logits = self.final_layer.linear(self.hidden(x, t, y))  # [B,N,p*p*K]

@@ -5,9 +5,9 @@
     python sample.py --steps 10 --order 2       ten network calls for a hundred: beyond the paper
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --out xl2
 
-Image i depends on the checkpoint, the flags and (seed, i) alone, in bf16 up to rounding. So any
-number of processes makes the same images, and the same command goes on after an interruption.
-Classes come in turn. OUT.json records the flags, OUT.png is a sheet.
+Image i depends on the checkpoint, the flags and (seed, i) alone (in bf16, up to rounding). So any
+number of processes makes the same images, and the same command resumes after an interruption.
+Classes come in turn. OUT.json records the flags; OUT.png is a sheet.
 """
 import argparse
 from concurrent.futures import ThreadPoolExecutor

@@ -8,7 +8,7 @@ The defaults are the paper's. The data's recipe.txt overrides them, the command 
 writes runs/NAME/: args.json, its flags; ckpt.pt, the newest checkpoint; log.jsonl; and samples/.
 
 The order of the data depends on (seed, epoch), the noise on (seed, step), and each process takes
-its share of both. So training depends on processes by rounding only, and resuming is exact.
+its share of both. So the number of processes changes only rounding, and resuming is exact.
 
 Shapes: B global batch, b images of a process at a time, N images, h w grid of codes.
 """
@@ -50,7 +50,7 @@ def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
     path = Path(path).resolve()
     if not (path / "meta.json").exists():
-        raise InputError(f"--data {path}: no data directory; to make one of images: "
+        raise InputError(f"--data {path}: not a data directory; to make one from images: "
                          f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
     try:
         meta = json.loads((path / "meta.json").read_text())
@@ -89,10 +89,10 @@ def load_batch(data, args, step, part, device):
     rows = batch_rows(len(readable), B, args.seed, step)
     rows = readable[rows[part]]
     coin = np.random.default_rng((args.seed, step, 1)).random(B)
-    mirror = coin[part] < 0.5
-    codes = np.where(mirror[:, None, None], data.flipped[rows], data.codes[rows])
+    mirror = coin[part, None, None] < 0.5
+    codes = np.where(mirror, data.flipped[rows], data.codes[rows])
     batch = [torch.from_numpy(x.astype(np.int64)) for x in (codes, data.labels[rows])]
-    if device.type == "cuda":  # pinned: copies do not wait for the GPU
+    if device.type == "cuda":  # from pinned memory, copies need not wait
         batch = [x.pin_memory() for x in batch]
     return [x.to(device, non_blocking=True) for x in batch]
 
@@ -203,10 +203,10 @@ Run = namedtuple("Run", "ckpt flow vq data args step")
 
 
 def load_run(ckpt=None, data=None, device="cpu"):
-    """Load a checkpoint's averaged weights, by default the newest; data: where it has moved."""
+    """Load the averaged weights of ckpt, or of the newest; data: its directory, if moved."""
     ckpt = Path(ckpt or find_run() / "ckpt.pt")
     settings, _ = load_checkpoint(ckpt)
-    args = flags().parse_args([], argparse.Namespace(**settings))  # newer flags: their defaults
+    args = flags().parse_args([], argparse.Namespace(**settings))  # newer flags: defaults
     data, vq = open_data(data or args.data, device)
     with torch.device("meta"):  # the checkpoint has the weights
         flow = build(args, data, vq.codebook).eval().requires_grad_(False)
@@ -262,7 +262,7 @@ def train(args, data, vq, run, rank, world, device):
         ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True, broadcast_buffers=False)
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
 
-    stop = []  # Ctrl-C or SIGTERM fill it: finish the step, save
+    stop = []  # Ctrl-C and SIGTERM fill it; the step then ends, and is saved
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
     B = args.global_batch_size
@@ -280,8 +280,8 @@ def train(args, data, vq, run, rank, world, device):
         losses = backward(ddp, codes, y, noise, args)
 
         # One message tells all processes the mean losses, and whether any was asked to stop.
-        stopping = torch.tensor(float(len(stop) > 0), device=device)
-        message = torch.stack([*losses.values(), stopping]) / world
+        asked = torch.tensor(float(len(stop) > 0), device=device)
+        message = torch.stack([*losses.values(), asked]) / world
         if world > 1:
             dist.all_reduce(message)
         grad_norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), args.grad_clip).item()
@@ -329,7 +329,7 @@ def due(every, done, args):
 
 def flags():
     parser = argparse.ArgumentParser(
-        description="Train on codes. The defaults are the paper's, (*) goes beyond it.",
+        description="Train on codes. The defaults are the paper's; (*) goes beyond it.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, fromfile_prefix_chars="@")
     parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     cats = Path(__file__).with_name("demo") / "cats"
@@ -344,12 +344,12 @@ def flags():
     add("--global-batch-size", type=int, default=256, help="images per step, in all")
     add("--accumulate", type=int, default=1, help="micro-batches per process")
     add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
-    add("--warmup", type=int, default=0, help="steps over which it rises")
-    add("--cooldown", type=float, default=0.0, help="share of them over which it falls to 0 (*)")
-    add("--weight-decay", type=float, default=0.01, help="that of AdamW")
+    add("--warmup", type=int, default=0, help="steps over which --lr rises")
+    add("--cooldown", type=float, default=0.0, help="share of steps over which --lr falls to 0 (*)")
+    add("--weight-decay", type=float, default=0.01, help="AdamW's")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    add("--ema-decay", type=float, default=0.9999, help="that of the averaged weights")
-    add("--ema-ramp", action=switch, default=False, help="limit it to (1 + step) / (10 + step)")
+    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
+    add("--ema-ramp", action=switch, default=False, help="cap it at (1 + step) / (10 + step)")
     add("--z-loss", type=float, default=1e-5, help="weight of the z-loss")
     add("--geometric-head", action=switch, default=False, help="start the head as E suggests (*)")
     add("--logit-normal", action=switch, default=False, help="draw t with logit(t) ~ N(0, 1) (*)")
@@ -359,7 +359,7 @@ def flags():
     add("--compile", action=switch, default=False, help="torch.compile the blocks and the loss")
     add("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
     add("--ckpt-every", type=int, default=25_000, help="steps between checkpoints")
-    add("--keep-every", type=int, default=0, help="steps between numbered ones; 0: none")
+    add("--keep-every", type=int, default=0, help="steps between kept checkpoints; 0: none")
     add("--sample-every", type=int, default=5000, help="steps between pictures; 0: none")
     return parser
 

@@ -34,13 +34,10 @@ from torch import nn
 from tqdm import tqdm
 
 from flow import nearest_code
+from model import chain
 
 
 # ---------- the network
-
-def chain(**layers):
-    return nn.Sequential(OrderedDict(layers))
-
 
 def conv3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -135,15 +132,15 @@ def decoder(ch, ch_mult, num_blocks, z_channels, norm):
 class VQ(nn.Module):
     """Autoencode images through a grid of codes. Defaults are vq-f8's, key names CompVis's.
 
-    With l2_norm (LlamaGen), codes and encoder outputs are unit vectors; the authors' release
-    samples with codes that are not normalised.
+    With l2_norm (LlamaGen), all e_k and encoder outputs are unit vectors; the authors' release
+    samples with e_k that are not normalised.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, n_embed=16384,
                  embed_dim=4, l2_norm=False, num_groups=32):
         super().__init__()
         norm = functools.partial(nn.GroupNorm, num_groups, eps=1e-6)
-        self.factor = 2 ** (len(ch_mult) - 1)  # pixels a code
+        self.factor = 2 ** (len(ch_mult) - 1)  # pixels per code, each way
         self.l2_norm = l2_norm
         self.encoder = encoder(ch, ch_mult, num_res_blocks, z_channels, norm)
         self.decoder = decoder(ch, ch_mult, num_res_blocks, z_channels, norm)
@@ -159,7 +156,7 @@ class VQ(nn.Module):
         return F.normalize(E, dim=1) if self.l2_norm else E
 
     def encode(self, x):
-        """Map images [B,3,H,W] in [-1,1], a multiple of self.factor, to codes (Eq. 8, 9)."""
+        """Map images [B,3,H,W] in [-1,1] to codes (Eq. 8, 9). self.factor must divide H and W."""
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
             h = self.quant_conv(self.encoder(x))
             return self.nearest(h)
@@ -185,7 +182,7 @@ class VQ(nn.Module):
 
     def decode_pixels(self, codes):
         """Decode codes [B,h,w] to pixels uint8 [B,H,W,3] on the CPU, in float32."""
-        batches = codes.split(8 if codes.is_cuda else 1)  # 1: rounding depends on the batch
+        batches = codes.split(8 if codes.is_cuda else 1)  # a CPU rounds by batch size
         with torch.autocast(codes.device.type, enabled=False):
             return torch.cat([to_pixels(self.decode(batch)).cpu() for batch in batches])
 
@@ -197,8 +194,6 @@ TRAINERS = re.compile(r"(pytorch_lightning|lightning)\..+|argparse\.Namespace|_c
 
 
 class Stub:
-    """Stand in for a trainer's object."""
-
     def __init__(self, *_, **__):
         pass
 
@@ -206,13 +201,13 @@ class Stub:
 
 
 def read_checkpoint(path):
-    """Read a torch.save file onto the CPU, its tensors when they are used.
+    """Read a torch.save file onto the CPU. Its tensors stay on the disk until they are used.
 
     Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("no zip file; save those of torch < 1.6 again with a newer torch")
+            raise ValueError("not a zip file; save those of torch < 1.6 again with a newer torch")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         for name in names:
             if not TRAINERS.fullmatch(name):
@@ -280,9 +275,9 @@ def load_vq(path, device="cpu"):
         state = {key: x.to(torch.float32, copy=True) for key, x in state.items()}
         vq.load_state_dict(state, assign=True)
     except Exception as error:
-        raise InputError(f"{path}: no tokenizer: {one_line(error)}; use vq-f8 or vq_ds8_c2i")
+        raise InputError(f"{path}: not a tokenizer: {one_line(error)}; use vq-f8 or vq_ds8_c2i")
     vq = vq.eval().requires_grad_(False).to(device)
-    if torch.device(device).type == "cpu":  # 1.6x faster; on a GPU, GroupNorm would copy
+    if torch.device(device).type == "cpu":  # 1.6x faster; GroupNorm on a GPU would copy
         vq = vq.to(memory_format=torch.channels_last)
     return vq
 
@@ -290,7 +285,7 @@ def load_vq(path, device="cpu"):
 # ---------- encoding a data set
 
 # A row of codes.npy is EMPTY until it is encoded. Process 0 makes the arrays, labels.npy last. Each
-# process fills its own rows, and the same command goes on after an interruption.
+# process fills its own rows, and the same command resumes after an interruption.
 EMPTY = 2 ** 16 - 1
 
 
@@ -314,7 +309,7 @@ def open_arrays(args, labels, side, rank):
     arrays = {"codes.npy": blank, "codes_flip.npy": blank, "labels.npy": labels}
     if not args.flip:
         del arrays["codes_flip.npy"]
-    for name, array in arrays.items():  # in full size: a full disk shows now
+    for name, array in arrays.items():  # in full size, so a full disk shows now
         if rank == 0 and not (args.out / name).exists():
             with write_whole(args.out / name) as file:
                 np.save(file, array)
@@ -388,7 +383,7 @@ def main():
     add("--reconstruct", nargs="+", type=Path, metavar="IMAGE", help="reconstruct these instead")
     add("--batch-size", type=int, default=32, help="images per process and batch")
     args = parser.parse_args()
-    if bool(args.images and args.out) == bool(args.reconstruct):
+    if bool(args.images) == bool(args.reconstruct) or args.images and not args.out:
         parser.error("give IMAGES and --out, to encode them, or --reconstruct IMAGE...")
     rank, world, device = setup_process()
     vq = load_vq(args.vq, device)
@@ -416,7 +411,8 @@ def from_pixels(pixels):
 
 def to_pixels(x):
     """Map images [B,3,H,W] in [-1,1] to uint8 [B,H,W,3] by rounding; the release truncates."""
-    x = ((x.float() + 1) * 127.5).round().clamp(0, 255)
+    x = (x.float() + 1) * 127.5
+    x = x.round().clamp(0, 255)
     return x.byte().movedim(1, -1)
 
 
@@ -518,12 +514,13 @@ def wait_for(ready):
 
 
 def claim_folder(folder, note, record, rank):
-    """Record in `note` what a folder's files belong to, or refuse those of another record."""
+    """Write record to the file `note`, or refuse a folder that another record made."""
+    free = {"num_samples": 0}  # it may differ
+
     def ours():
         with contextlib.suppress(Exception):  # no file, or another's
             return json.loads(note.read_text()) | free == record | free
 
-    free = {"num_samples": 0}  # which may differ
     if rank == 0:
         if any(folder.glob("[!.]*")) and not ours():
             raise InputError(f"--out {folder}: holds other files, see {note}; give another")

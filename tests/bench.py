@@ -9,14 +9,12 @@
     python tests/bench.py step-both-bf16 velocity-bf16 --device cuda --model DiT-XL/2 --compile
 
 The release wants timm, einops and torchdiffeq installed, pytorch-fid wants torchvision. Rows called
--bf16 hold our bf16 against float32, step-both-bf16 against the release's own.
-
-Each side of a row runs in a process of its own, the two in turn; a figure is the median over the
-repeats. Memory is how far the process's peak rises above what it holds before its first run; on a
-GPU, the peak of all that torch holds. Utilisation is flop() over time and --peak-tflops.
+-bf16 hold our bf16 against float32, step-both-bf16 against the release's own. Each side of a row
+runs in a process of its own, the two in turn; a figure is the median over the repeats. Memory is
+how far the process's peak rises above what it holds before its first run; on a GPU, the peak of all
+that torch holds. Utilisation is flop() over time and --peak-tflops.
 """
 import argparse
-import functools
 import json
 import re
 import statistics
@@ -25,6 +23,7 @@ import sys
 import tempfile
 import time
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +49,7 @@ def images(row):
 def flop(row):
     """Count a run's FLOP: 2 for each weight and token, attention 4 N^2 D a block.
 
-    The backward pass counts twice the forward's. With guidance, the blocks run twice.
+    The backward pass is twice the forward's; guidance runs the blocks twice.
     """
     size = model.SIZES[SETUP.model]
     N = (SIDE // size["patch_size"]) ** 2
@@ -148,6 +147,9 @@ def velocity(ours, bf16=False):
         return torch.no_grad()(lambda: ode(
             t[0], z.flatten(1), net, y, len(y), SIDE, E, cfg_scale=1.3, temperature=0.9))
     method = flow.Purrception(network(), E)
+    if ours and bf16:  # as sample.py does
+        method.model.blocks.bfloat16()
+        method.model.final_layer.linear.bfloat16()
 
     @torch.no_grad()
     def run():
@@ -228,14 +230,12 @@ def inception(ours):
     return torch.inference_mode()(lambda: net(x))
 
 
-ROWS = step, loss, velocity, nearest, encode, frechet, inception
-PATHS = {row.__name__: row for row in ROWS}
+PATHS = {row.__name__: row for row in (step, loss, velocity, nearest, encode, frechet, inception)}
 PATHS["step-bf16"] = lambda ours: step(ours, bf16=ours)
 PATHS["step-both-bf16"] = lambda ours: step(ours, bf16=True)
 PATHS["velocity-bf16"] = lambda ours: velocity(ours, bf16=ours)
-GROWTH = {f"loss, K = {k:,}": functools.partial(loss, codes=k) for k in (1024, 4096, 16384, 65536)}
-GROWTH |= {f"loss, {p:,} positions": functools.partial(loss, positions=p)
-           for p in (1024, 4096, 16384)}
+GROWTH = {f"loss, K = {k:,}": partial(loss, codes=k) for k in (1024, 4096, 16384, 65536)}
+GROWTH |= {f"loss, {p:,} positions": partial(loss, positions=p) for p in (1024, 4096, 16384)}
 
 
 def peak():

@@ -13,7 +13,7 @@ from fakes import SIDE, Fake, K, d, landing, method, outputs_of, point, tiny_dit
 from flow import OBJECTIVES, Purrception
 
 
-def test_z_t_is_the_interpolation_between_noise_and_the_code_vectors():             # Eq. 9
+def test_z_t_is_the_interpolation_between_noise_and_the_code_vectors():
     f = method()
     codes = torch.randint(K, (2, SIDE, SIDE))
     z0 = torch.randn(2, d, SIDE, SIDE)

@@ -1,10 +1,10 @@
-"""Run the quick tests with other versions of Python and of the libraries, and print a table. By hand; not in CI.
+"""Run the quick tests with other versions of Python and the libraries, and print a table.
 
-    python tests/versions.py                          the Pythons found on PATH, each with the sets below
+    python tests/versions.py                    the Pythons found on PATH, each with the sets below
     python tests/versions.py ~/python3.10 --only oldest --pip "--index-url URL"
 
-Each combination has a virtual environment in a temporary folder, which is removed afterwards: two gigabytes, and
-some minutes. What cannot be installed is a line of the table, not an error.
+Each combination has a virtual environment in a temporary folder, which is removed afterwards: two
+gigabytes, and some minutes. What cannot be installed is a line of the table, not an error.
 """
 import argparse
 import os
@@ -35,14 +35,15 @@ def try_set(python, torch, libraries, more):
         if made.returncode:
             return "no virtual environment", ""
         wanted = f"torch=={torch} {libraries} {more}".split()
-        installed = run(own, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--only-binary", ":all:", *wanted)
+        installed = run(own, "-m", "pip", "install", "--quiet", "--no-cache-dir", "--only-binary",
+                        ":all:", *wanted)
         if installed.returncode:
             errors = [line for line in installed.stderr.splitlines() if line.startswith("ERROR")]
             return "cannot be installed: " + (errors or ["?"])[0][:60], ""
         frozen = run(own, "-m", "pip", "freeze").stdout
         versions = re.findall(r"^(?:numpy|scipy|pillow|tqdm|pytest)==.*", frozen, re.M | re.I)
-        tests = run(own, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "tests", cwd=ROOT,
-                    env=os.environ | {"OMP_NUM_THREADS": "1"})
+        tests = run(own, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "tests",
+                    cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"})
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", tests.stdout, re.M)
         print(*failed, sep="\n", file=sys.stderr)
         return (tests.stdout + tests.stderr).splitlines()[-1], " ".join(versions)
@@ -50,15 +51,18 @@ def try_set(python, torch, libraries, more):
 
 def main():
     parser = argparse.ArgumentParser(description="Run the quick tests with other versions.")
-    parser.add_argument("pythons", nargs="*", help="interpreters; default: those on PATH")
-    parser.add_argument("--torch", nargs="+", default=TORCH, help="versions of torch")
-    parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS), help="sets of libraries")
-    parser.add_argument("--pip", default="", help="more arguments of pip install, such as an index of CPU builds")
+    add = parser.add_argument
+    add("pythons", nargs="*", help="interpreters; default: those on PATH")
+    add("--torch", nargs="+", default=TORCH, help="versions of torch")
+    add("--only", nargs="+", choices=SETS, default=list(SETS), help="sets of libraries")
+    add("--pip", default="", help="more arguments of pip install, such as an index of CPU builds")
     args = parser.parse_args()
-    pythons = args.pythons or [path for path in (shutil.which(f"python{name}") for name in PYTHONS) if path]
+    paths = [shutil.which(f"python{name}") for name in PYTHONS]
+    pythons = args.pythons or [path for path in paths if path]
     table = []
     for python in pythons:
-        name = run(python, "-c", "import platform; print(platform.python_version())").stdout.strip() or python
+        asked = run(python, "-c", "import platform; print(platform.python_version())")
+        name = asked.stdout.strip() or python
         for torch in args.torch:
             for libraries in args.only:
                 found, versions = try_set(python, torch, SETS[libraries], args.pip)
