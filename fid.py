@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vq import InputError, crop, find_images, one_line, read_ahead, read_image, write_whole
+from vq import InputError, crop, find_images, read_ahead, read_image, write_whole
 
 URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
@@ -109,7 +109,7 @@ def block_e(c, pool):  # Mixed_7b with MEAN, Mixed_7c with MAX
 
 
 class InceptionV3(nn.Sequential):
-    """Map uint8 images [B,3,H,W] to FID's features [B,2048] (Inception v3, arXiv 1512.00567)."""
+    """Map uint8 images [B,3,H,W] to FID's features [B,2048] (Inception, arXiv 1512.00567)."""
 
     def __init__(self):
         super().__init__(OrderedDict(
@@ -193,7 +193,7 @@ def load_inception(path=None):
                 URL, map_location="cpu", check_hash=True, weights_only=True)
         net.load_state_dict({our_name(key): value.float() for key, value in state.items()})
     except Exception as error:
-        raise InputError(f"--weights {path}: {one_line(error)}; give {URL}")
+        raise InputError(f"--weights {path}: does not fit; give {URL}", error)
     return net.freeze()
 
 
@@ -255,8 +255,8 @@ def read_npz(path, features):
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
         return images
     except Exception as error:
-        raise InputError(f"{path}: no images (arr_0, uint8 [N,H,W,3]) or statistics (mu, sigma) of "
-                         f"{features} features: {one_line(error)}")
+        raise InputError(f"{path}: not images (arr_0, uint8 [N,H,W,3]) or statistics (mu, sigma), "
+                         f"of {features} features", error)
 
 
 def read_folder(paths, args):
@@ -334,7 +334,7 @@ def main(argv=None):
         try:
             distance = frechet_distance(mu, sigma, *theirs[:2])
         except ValueError as error:
-            raise InputError(f"{args.samples}, {reference}: {one_line(error)}")
+            raise InputError(f"{args.samples}, {reference}: cannot be compared", error)
         few = 0 < n < len(mu) or 0 < theirs[2] < len(mu)
         note = " (biased by few images; compare equal counts only)" if few else ""
         print(f"{LABELS[features]}{note}, {n or 'unknown'} images ({args.samples}) against "

@@ -35,8 +35,7 @@ from tqdm import tqdm
 import flow as method
 from flow import CFM, OBJECTIVES, geometric_head, logit_normal
 from model import SIZES, DiT
-from vq import (InputError, load_vq, one_line, read_checkpoint, save_image, setup_process,
-                write_whole)
+from vq import InputError, load_vq, read_checkpoint, save_image, setup_process, write_whole
 
 
 # ---------- data
@@ -63,7 +62,7 @@ def open_data(path, device):
         if not codes.shape == flipped.shape == (len(labels), side, side):
             raise ValueError("codes and labels are of different sizes")
     except Exception as error:  # damaged files fail in many ways
-        raise InputError(f"--data {path}: {one_line(error)}; encode the images again")
+        raise InputError(f"--data {path}: unusable; encode the images again", error)
     vq = load_vq(tokenizer, device)
     top = max(codes.max(), flipped.max())
     if top >= len(vq.codebook):  # 65535: not encoded yet
@@ -79,7 +78,8 @@ def epoch_order(N, seed, epoch):
 def batch_rows(N, B, seed, step):
     """Return the indices [B] of a step's images: consecutive epochs, cut into batches."""
     places = np.arange(step * B, (step + 1) * B)
-    return np.array([epoch_order(N, seed, place // N)[place % N] for place in places])
+    rows = [epoch_order(N, seed, place // N)[place % N] for place in places]
+    return np.array(rows)
 
 
 def load_batch(data, args, step, part, device):
@@ -175,7 +175,7 @@ def new_run(name=None):
     try:
         run.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"--name {run.name}: {one_line(error)}; give --resume or another name")
+        raise InputError(f"--name {run.name}: give --resume or another name", error)
     return run
 
 
@@ -187,7 +187,7 @@ def load_checkpoint(path, **targets):
             target.load_state_dict(ckpt[name])
         return dict(ckpt["args"]), int(ckpt["step"])
     except Exception as error:
-        raise InputError(f"{path}: does not fit these flags and data: {one_line(error)}")
+        raise InputError(f"{path}: does not fit these flags and data; use its own", error)
 
 
 def save_checkpoint(path, flow, ema, opt, step, args):

@@ -216,7 +216,7 @@ def read_checkpoint(path):
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, "cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path}: unreadable weights: {one_line(error)}")
+        raise InputError(f"{path}: unreadable as weights; use another file", error)
 
 
 def from_llamagen(state):
@@ -240,7 +240,7 @@ def count(state, prefix):
 
 
 def config_of(state):
-    """Infer the arguments of VQ from the keys and shapes of its weights."""
+    """Infer VQ's arguments from the keys and shapes of its weights."""
     ch = len(state["encoder.conv_in.weight"])
     levels = range(count(state, "encoder.down."))
     n_embed, embed_dim = state["quantize.embedding.weight"].shape
@@ -275,7 +275,7 @@ def load_vq(path, device="cpu"):
         state = {key: x.to(torch.float32, copy=True) for key, x in state.items()}
         vq.load_state_dict(state, assign=True)
     except Exception as error:
-        raise InputError(f"{path}: not a tokenizer: {one_line(error)}; use vq-f8 or vq_ds8_c2i")
+        raise InputError(f"{path}: not a tokenizer; use vq-f8 or vq_ds8_c2i", error)
     vq = vq.eval().requires_grad_(False).to(device)
     if torch.device(device).type == "cpu":  # 1.6x faster; GroupNorm on a GPU would copy
         vq = vq.to(memory_format=torch.channels_last)
@@ -433,7 +433,7 @@ def read_image(path):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:
-        raise InputError(f"{path}: unreadable: {one_line(error)}; repair or remove it")
+        raise InputError(f"{path}: unreadable; repair or remove it", error)
 
 
 def crop(image, size):
@@ -466,11 +466,13 @@ def save_image(path, pixels, columns=None):
 # ---------- files and processes
 
 class InputError(SystemExit):
-    """Name a wrong file or flag, and end the script with exit code 1."""
+    """Exit with code 1 and a line that names a wrong file or flag."""
 
-
-def one_line(error):
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    def __init__(self, message, error=None):
+        if error:
+            message = f"{message} ({type(error).__name__}: {error})"
+        line = " ".join(message.split())
+        super().__init__(line[:500])
 
 
 @contextlib.contextmanager
@@ -487,7 +489,7 @@ def write_whole(path):
             raise OSError("the disk is full")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        raise InputError(f"{path}: cannot be written: {one_line(error)}")
+        raise InputError(f"{path}: cannot be written", error)
     finally:
         with contextlib.suppress(OSError):  # it is gone if all went well
             partial.unlink()

@@ -52,7 +52,7 @@ def read(name, folder="."):
     log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     for record in log:
         for key in TIMING:
-            assert record.pop(key) > 0
+            assert record.pop(key) > 1  # even on a slow machine
     return torch.load(path / "ckpt.pt", weights_only=True), log
 
 
