@@ -41,7 +41,7 @@ def draw_noise(flow, indices, seed):
 
 
 def beyond(args):
-    """Return the settings that are not the paper's; {} if all are."""
+    """Return the settings that go beyond the paper, or {}."""
     settings = {"order": args.order, "interval": args.cfg_interval}
     return {} if settings == {"order": 1, "interval": [0, 1]} else settings
 
@@ -61,7 +61,7 @@ def draw(run, args, indices):
 
 
 def fill_folder(run, args, rank, world):
-    """Make this process's share of the missing images; return the paths of all."""
+    """Make this process's share of the missing images. Return all paths."""
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     n = args.per_proc_batch_size
@@ -84,7 +84,7 @@ def parse(argv):
     add("--ckpt", type=Path, help="checkpoint; None: that of the newest run")
     add("--data", help="data directory, if it has moved")
     add("--num-samples", type=int, default=256, help="images to make")
-    add("--classes", nargs="+", metavar="CLASS", help="numbers or names, in turn; None: all")
+    add("--classes", nargs="+", metavar="CLASS", help="numbers or names; None: all")
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--out", type=Path, default="samples", help="folder for the PNG files")
     add = parser.add_argument_group("the paper's sampler").add_argument
@@ -106,7 +106,7 @@ def parse(argv):
 
 
 def check(args, run):
-    """Refuse flags that have no meaning for the checkpoint."""
+    """Refuse flags without meaning for the checkpoint."""
     wrong = ""
     if run.args.objective == "dfm" and beyond(args):
         wrong = "--order, --cfg-interval: DFM has no mean"
@@ -135,13 +135,13 @@ def main(argv=None):
     if args.compile:
         compile_blocks(run.flow.model)
 
-    reference = meta.get("reference")
+    reference = run.data.path / str(meta.get("reference"))
     record = {
         "ckpt": str(run.ckpt.resolve()),
         "step": run.step,
         "started": run.args.started,
         "data": str(run.data.path),
-        "reference": reference and str(run.data.path / reference),
+        "reference": str(reference) if reference.exists() else None,
         "features": meta.get("features", "inception"),
     }
     for name in ("num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"):
