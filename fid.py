@@ -247,7 +247,7 @@ def network(features, weights, device):
 def read_npz(path, features):
     """Return an .npz's statistics of these features, mu, sigma and N, or else its images."""
     try:
-        with open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's images stay on the disk
+        with open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's images take 2 GB
             if "mu" in file and str(file.get("features", "inception")) == features:
                 return file["mu"], file["sigma"], int(file.get("count", 0))
             images = file["arr_0"]

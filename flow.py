@@ -64,7 +64,8 @@ class Purrception(nn.Module):
 
     def embed(self, codes):
         """Look up z1 = e_c of codes [B,h,w]: [B,d,h,w]."""
-        return F.embedding(codes, self.codebook).movedim(-1, 1)
+        z1 = F.embedding(codes, self.codebook)
+        return z1.movedim(-1, 1)
 
     def path(self, z0, codes, t):
         """Compute z_t, between noise z0 and codes: [B,d,h,w]."""
@@ -111,19 +112,21 @@ class Purrception(nn.Module):
 
     def mean(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute mu = sum_k pi_k e_k: [B,d,h,w]."""
-        chunks = []
-        for logits in self.outputs(z, t, y, cfg):               # [n,K]
+        E = self.codebook
+        R = len(y) * self.model.input_size ** 2
+        mu = E.new_empty(R, E.shape[1])
+        for rows, logits in self.outputs(z, t, y, cfg):         # [n,K]
             pi = torch.softmax(logits / tau, 1)                 # Eq. 12, 15
             with torch.autocast(z.device.type, enabled=False):  # float32 island
-                chunks.append(pi @ self.codebook)               # [n,d]
-        return self.on_grid(chunks).movedim(-1, 1)
+                mu[rows] = pi @ E
+        return self.on_grid(mu).movedim(-1, 1)
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute pi (Eq. 12, 15), all of it: [B,h,w,K]."""
-        chunks = []
-        for logits in self.outputs(z, t, y, cfg):
-            chunks.append(torch.softmax(logits / tau, 1))
-        return self.on_grid(chunks)
+        pi = []
+        for _, logits in self.outputs(z, t, y, cfg):
+            pi.append(torch.softmax(logits / tau, 1))
+        return self.on_grid(torch.cat(pi))
 
     @torch.no_grad()
     def nearest(self, z):
@@ -150,9 +153,9 @@ class Purrception(nn.Module):
         return torch.lerp(null, cond, cfg)
 
     def outputs(self, z, t, y, cfg):
-        """Yield the guided logits, [n,K] at a time (K = d for CFM), in float32.
+        """Yield slices of rows, and the guided logits [n,K] there, in float32 (K = d for CFM).
 
-        They are sorted by position in the patch, then by image, then by patch.
+        Rows are sorted by position in the patch, then by image, then by patch.
         """
         head = self.model.final_layer.linear
         h = self.guided(z, t, y, cfg)
@@ -161,16 +164,18 @@ class Purrception(nn.Module):
         biases = head.bias.chunk(G)
         K = len(head.bias) // G
         n = chunk_rows(K, h.device)
+        done = 0
         for W, b in zip(weights, biases):
             for x in h.split(n):
+                rows = slice(done, done + len(x))
                 logits = F.linear(x, W, b)
-                yield logits.float()
+                yield rows, logits.float()
+                done = rows.stop
 
-    def on_grid(self, chunks):
-        """Put results [n,C] for the chunks of outputs() back on the grid: [B,h,w,C]."""
+    def on_grid(self, x):
+        """Put x [GBN,C], in the order of outputs(), on the grid: [B,h,w,C]."""
         p = self.model.patch_size
         side = self.model.input_size // p
-        x = torch.cat(chunks)                       # [GBN,C]
         x = x.unflatten(0, (p, p, -1, side, side))  # [p,p,B,h/p,w/p,C]
         x = x.permute(2, 3, 0, 4, 1, 5)             # [B,h/p,p,w/p,p,C]
         return x.flatten(3, 4).flatten(1, 2)
@@ -203,8 +208,9 @@ class CFM(Purrception):
     def velocity(self, z, t, y, tau=None, cfg=1.0):
         """Return what the network regresses, guided: [B,d,h,w]."""
         assert tau is None, "a regression has no posterior, hence no temperature"
-        chunks = list(self.outputs(z, t, y, cfg))  # [n,d] each
-        return self.on_grid(chunks).movedim(-1, 1)
+        chunks = [x for _, x in self.outputs(z, t, y, cfg)]  # [n,d] each
+        out = self.on_grid(torch.cat(chunks))
+        return out.movedim(-1, 1)
 
     def mean(self, z, t, y, tau=None, cfg=1.0):
         v = self.velocity(z, t, y, tau, cfg)
@@ -270,12 +276,11 @@ class DFM(Purrception):
         z = torch.full_like(when, masked, dtype=torch.long)
         for s in range(steps):
             t = torch.full((len(y),), s / steps, device=z.device)
-            drawn = []
-            rest = uniform
-            for logits in self.outputs(z, t, y, cfg):  # [n,K]
+            drawn = torch.empty_like(uniform, dtype=torch.long)
+            drawn = drawn.unsqueeze(1)
+            for rows, logits in self.outputs(z, t, y, cfg):
                 pi = torch.softmax(logits / tau, 1)
-                drawn.append(pick(pi, rest[:len(pi)]))
-                rest = rest[len(pi):]
+                drawn[rows] = pick(pi, uniform[rows])
             drawn = self.on_grid(drawn).squeeze(-1)
             due = when < (s + 1) / steps
             z = torch.where(due & (z == masked), drawn, z)
@@ -291,7 +296,7 @@ def pick(pi, uniform):
 
 class CodeEmbedder(nn.Embedding):
     def forward(self, z):
-        z = super().forward(z)      # [B,h,w,channels]
+        z = super().forward(z)  # [B,h,w,channels]
         return z.movedim(-1, 1)
 
 
@@ -344,8 +349,8 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
 def slope_weight(t, after):
     """Return the weight w of mu's slope in a step from t to `after` (as DEIS, arXiv 2204.13902).
 
-    An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). In
-    the last step, w = 1 overshoots, as mu comes to rest: 0.5 measured best.
+    An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). At
+    last, w = 1 overshoots, as mu comes to rest: 0.5 measured best.
     """
     if after == 1:
         return 0.5
@@ -383,12 +388,12 @@ def nearest_code(z, E):
     # A CPU keeps 1 MiB of distances in its cache; a GPU wants large products.
     numbers = 2 ** 26 if z.is_cuda else 2 ** 18
     n = max(1, numbers // len(E))
-    codes = []
+    codes = torch.empty(len(z), dtype=torch.long, device=z.device)
     with torch.autocast(z.device.type, enabled=False):  # float32 island
-        for rows in z.split(n):
-            scores = torch.addmm(e2, rows, E.T, alpha=-2)  # [n,K]: |z - e_k|^2 - |z|^2
-            codes.append(scores.argmin(1))
-    return torch.cat(codes)
+        for i in range(0, len(z), n):
+            scores = torch.addmm(e2, z[i:i + n], E.T, alpha=-2)  # [n,K]: |z - e_k|^2 - |z|^2
+            codes[i:i + n] = scores.argmin(1)
+    return codes
 
 
 def to_tokens(codes, p):
@@ -430,15 +435,12 @@ def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
     G = target.shape[1]
     weight = weight.unflatten(0, (G, -1))  # [G,K,D]
     bias = bias.unflatten(0, (G, -1))      # [G,K]
-    grad = torch.is_grad_enabled()  # in forward() it never is
+    grad = torch.is_grad_enabled()         # in forward() it never is
     return LinearCrossEntropy.apply(h, weight, bias, target, z_weight, grad)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Compute the loss and, if asked, its gradients in one pass; backward() only scales them.
-
-    A chunk's gradient is added to those of h, weight and bias, and dropped.
-    """
+    """Compute the loss and, if asked, its gradients in one pass; backward() only scales them."""
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, z_weight, grad):

@@ -61,7 +61,7 @@ def open_data(path, device):
         side = codes.shape[1]
         if not codes.shape == flipped.shape == (len(labels), side, side):
             raise ValueError("codes and labels are of different sizes")
-    except Exception as error:  # damaged files fail in many ways
+    except Exception as error:
         raise InputError(f"--data {path}: unusable; encode the images again", error)
     vq = load_vq(tokenizer, device)
     top = max(codes.max(), flipped.max())
@@ -91,10 +91,9 @@ def load_batch(data, args, step, part, device):
     coin = np.random.default_rng((args.seed, step, 1)).random(B)
     mirror = coin[part, None, None] < 0.5
     codes = np.where(mirror, data.flipped[rows], data.codes[rows])
-    batch = [torch.from_numpy(x.astype(np.int64)) for x in (codes, data.labels[rows])]
-    if device.type == "cuda":  # from pinned memory, copies need not wait
-        batch = [x.pin_memory() for x in batch]
-    return [x.to(device, non_blocking=True) for x in batch]
+    codes = torch.from_numpy(codes.astype(np.int64))
+    y = torch.from_numpy(data.labels[rows].astype(np.int64))
+    return codes.to(device), y.to(device)
 
 
 def seeded(device, *key):
@@ -159,7 +158,7 @@ def update_ema(ema, model, decay):
 
 def find_run(name=None):
     """Return the folder runs/NAME; without a name, that of the newest checkpoint."""
-    files = Path("runs").glob(f"{name}/*" if name else "*/ckpt.pt")
+    files = Path("runs", name).glob("*") if name else Path("runs").glob("*/ckpt.pt")
     newest = max(files, key=os.path.getmtime, default=None)
     if not newest:
         raise InputError(f"runs/{name or '*/ckpt.pt'}: not found; train first")
@@ -167,7 +166,7 @@ def find_run(name=None):
 
 
 def new_run(name=None):
-    """Make the folder of a new run: runs/NAME, or runs/ and the first free number."""
+    """Make the folder runs/NAME or, without a name, the first free number."""
     i = 1
     while Path("runs", f"{i:03d}").exists():
         i += 1
@@ -371,14 +370,14 @@ def parse(argv=None):
     first, _ = parser.parse_known_args(words)
     recipe = Path(first.data, "recipe.txt")
     run = find_run(first.name) if first.resume else None
-    parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
-    if run and (run / "args.json").exists():
-        parser.set_defaults(**json.loads((run / "args.json").read_text()))
-    elif run:  # of an older version
+    parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"), recipe="")
+    if run and (run / "ckpt.pt").exists():
         parser.set_defaults(**load_checkpoint(run / "ckpt.pt")[0])
+    elif run:  # stopped before its first checkpoint
+        parser.set_defaults(**json.loads((run / "args.json").read_text()))
     elif recipe.exists():
         words = [f"@{recipe}", *words]
-        print(f"{recipe}: {' '.join(recipe.read_text().split())}")
+        parser.set_defaults(recipe=" ".join(recipe.read_text().split()))
     return parser.parse_args(words), run
 
 
@@ -396,6 +395,7 @@ def main(argv=None):
         pause = timedelta(minutes=15)  # process 0 may be saving or sampling
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=pause)
     if rank == 0:
+        print("recipe.txt:", args.recipe or "none")
         run = run or new_run(args.name)
         del args.name, args.resume
         with write_whole(run / "args.json") as file:

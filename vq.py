@@ -528,7 +528,7 @@ def claim_folder(folder, note, record, rank):
             raise InputError(f"--out {folder}: holds other files, see {note}; give another")
         with write_whole(note) as file:
             file.write(json.dumps(record, indent=1).encode())
-    wait_for(ours)  # processes with different checkpoints never mix their images
+    wait_for(ours)  # different checkpoints never mix
 
 
 def setup_process():

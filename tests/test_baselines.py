@@ -140,7 +140,3 @@ def test_dfm_embeds_codes_before_the_first_layer_of_the_network():
     t = torch.rand(2)
     y = torch.tensor([0, 4])
     torch.testing.assert_close(f.model.hidden(z, t, y), plain.hidden(table[z].movedim(3, 1), t, y))
-
-
-def test_dfm_has_no_mean_and_no_velocity():
-    assert DFM.mean is None and DFM.velocity is None

@@ -13,13 +13,6 @@ from vq import InputError, from_pixels, load_vq, save_image, to_pixels
 CPU = torch.device("cpu")
 
 
-def test_a_cat_does_not_depend_on_how_many_are_drawn_nor_its_numbers_on_the_size():
-    drawn = cats.cats(12, seed=3, size=32)
-    for some, whole in zip(cats.cats(3, seed=3, size=32), drawn):
-        assert (some == whole[:3]).all()
-    assert (cats.cats(12, seed=3, size=64)[2] == drawn[2]).all()
-
-
 def test_figures_of_a_set_against_itself_and_against_a_distant_one():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(40, 64))
@@ -35,13 +28,6 @@ def test_figures_of_a_set_against_itself_and_against_a_distant_one():
     squares = np.square(100 / features.std(0)).sum()        # all that is left of the distance
     assert far["distance"] == pytest.approx(squares)        # where covariances are equal
     assert far["spread"] == pytest.approx(9) and far["spreads"]["yaw"] == pytest.approx(9)
-
-
-def test_coverage_reaches_to_the_third_neighbour():
-    line = np.array([[0.0], [1], [2], [3], [4]])            # reaches 3, 2, 2, 2, 3
-    inside = np.array([[-2.9], [6.9]])
-    outside = np.array([[-3.1], [7.1]])
-    assert judge.covered(inside, line) == 1 and judge.covered(outside, line) == 0
 
 
 @pytest.mark.slow

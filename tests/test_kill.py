@@ -109,7 +109,7 @@ def commands(tmp_path, tiny_data, tiny_vq, monkeypatch):
         if not resume:  # killed before it wrote its flags
             shutil.rmtree(run, ignore_errors=True)
         return ["train", "--data", tiny_data, "--name", "a", "--model", "tiny", "--steps", 7,
-                "--global-batch-size", 8, "--lr", 0.01, "--no-bf16", "--log-every", 1,
+                "--global-batch-size", 8, "--lr", 0.02, "--ema-ramp", "--no-bf16", "--log-every", 1,
                 "--ckpt-every", 1, "--keep-every", 3, "--sample-every", 5, *resume, *flags]
 
     for i in range(40):

@@ -45,18 +45,6 @@ def test_standardising_the_codes_changes_no_code_and_no_picture(vq):
     torch.testing.assert_close(vq.codebook.square().mean(), torch.tensor(1.0))
 
 
-def test_the_moving_codebook_goes_to_the_means_and_revives_dead_codes():
-    E = torch.tensor([[0.0, 0.0], [10.0, 10.0], [99.0, 99.0]])
-    h = torch.tensor([[1.0, 1.0], [3.0, 1.0], [8.0, 8.0]])
-    codebook = make.MovingCodebook(E, decay=0.5)
-    for _ in range(40):
-        codebook.update(h, torch.tensor([0, 0, 1]))
-    means = torch.tensor([[2.0, 1.0], [8.0, 8.0]])
-    torch.testing.assert_close(E[:2], means, atol=1e-3, rtol=0)
-    assert codebook.replant(h) == 1
-    assert (E[2] == h).all(1).any()
-
-
 def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(make, "CONFIG", TINY_VQ)
     make.main(["--out", str(tmp_path), "--num-images", "20", "--num-reference", "5",

@@ -11,8 +11,6 @@ from fakes import K, method
 
 import train
 from study import arms, measure, study
-from study.samplers import Results
-from vq import InputError, load_vq
 
 TINY = dict(steps=4, checkpoints=2, batch=4, seeds=(0,), rates=(1e-3, 1e-2), images=20, grids=20)
 GRIDS = torch.randint(K, (20, 4, 4), generator=torch.Generator().manual_seed(4))
@@ -22,27 +20,6 @@ def test_the_shuffled_codebook_is_a_permutation_and_the_same_each_time():
     plain, one, two = (method(name).codebook for name in ("purrception", "shuffled", "shuffled"))
     assert one.equal(two) and not one.equal(plain)
     assert sorted(one.tolist()) == sorted(plain.tolist())
-
-
-@pytest.mark.parametrize("k", [0.5, 1.0, 3.0])
-def test_a_rescaled_mean_is_that_of_gaussian_data_of_a_kth_of_the_variance(k):
-    def gaussian(variance):
-        def mean(z, t, *_):
-            t = t.view(-1, 1, 1, 1)
-            return t * variance / (t * t * variance + (1 - t) ** 2) * z
-        return mean
-
-    variance = torch.tensor(arms.VARIANCE).view(1, -1, 1, 1)
-    z = torch.randn(5, 4, 2, 2)
-    t = torch.tensor([0.0, 0.2, 0.5, 0.8, 0.99])
-    got = arms.rescaled(gaussian(variance), k)(z, t, None)
-    torch.testing.assert_close(got, gaussian(variance / k)(z, t), atol=1e-5, rtol=1e-5)
-
-
-def test_the_variance_is_that_of_the_cats_code_vectors():
-    codes = torch.from_numpy(np.load(arms.HERE / "codes.npy").astype(np.int64))
-    z1 = load_vq(arms.HERE / "tokenizer.pt").embed(codes)
-    assert z1.var((0, 2, 3)).tolist() == pytest.approx(arms.VARIANCE, abs=0.006)
 
 
 @pytest.mark.parametrize("arm", arms.ARMS)
@@ -92,17 +69,6 @@ def test_the_temperature_reaches_the_sampler(monkeypatch, name, settings):
     measure.measure_samples(f, "cpu", 20, 2.0, 0)
     draw.assert_called_once_with(f, 20, 0, **settings)
     assert (f.mean is plain) == (name in ("purrception", "dfm"))
-
-
-def test_a_crossing_lies_between_checkpoints_in_proportion():
-    steps = [10, 20, 50]
-    assert study.crossing(steps, [5.0, 3.0, 1.0], 2.0) == 35 / 50
-    for curves, goal, text in (
-            ([[5.0, 3.0, 1.0], [5.0, 4.0, 2.0]], 2.0, "0.85 (0.70 to 1.00)"),
-            ([[1.0, 5.0, 4.0], [5.0, 1.0, 1.0]], 3.0, "at most 0.30"),
-            ([[5.0, 3.0, 1.0], [5.0, 4.0, 3.0]], 2.0, "1 of 2 seeds"),
-            ([[5.0, 4.0, 3.0]], 2.0, "never")):
-        assert study.shares(steps, curves, goal) == text
 
 
 @pytest.fixture
@@ -172,18 +138,3 @@ def test_a_killed_run_is_finished(small, killed):
     it.train([run])
     again = torch.load(run.checkpoint(4))["ema"]
     assert all(torch.equal(again[key], whole[key]) for key in whole)
-
-
-def test_a_folder_of_another_study_is_refused(small):
-    small()
-    with pytest.raises(InputError, match="other files"):
-        small(steps=8)
-
-
-@pytest.mark.parametrize("left", ["", "[[1], 2]\n", "[[1], 2]\n[[3", "[[3"])
-def test_half_a_line_of_a_killed_program_is_dropped(tmp_path, left):
-    file = tmp_path / "results.jsonl"
-    file.write_text(left)
-    results = Results(file)
-    results[[5]] = 6
-    assert ([1] in results) == ("2" in left) and [3] not in results and Results(file)[[5]] == 6

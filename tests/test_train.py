@@ -1,4 +1,5 @@
 """train.py: a run depends on its flags alone, nothing of it gets lost, and wrong input is named."""
+import argparse
 import json
 import math
 import os
@@ -184,6 +185,18 @@ def test_two_processes_train_as_one(tmp_path, tiny_data):
     assert read("two", tmp_path)[1] == close(one) and read("four", tmp_path)[1] == close(one)
 
 
+def test_processes_exchange_gradients_in_the_last_micro_batch_only():
+    seen = []
+
+    def ddp(codes, y, noise):
+        seen.append((len(codes), ddp.require_backward_grad_sync))
+        return torch.ones((), requires_grad=True) * 1, {}
+
+    args = argparse.Namespace(accumulate=3, bf16=False)
+    train.backward(ddp, torch.zeros(6, 2, 2), torch.zeros(6), [torch.zeros(6)], args)
+    assert seen == [(2, False), (2, False), (2, True)]
+
+
 # ---------- checkpoints and resuming
 
 @pytest.mark.parametrize("flags", [(), ("--geometric-head",), ("--logit-normal", "--ema-ramp")])
@@ -296,12 +309,12 @@ def test_a_run_is_not_overwritten(run, tiny_data, tiny_size):
 
 # ---------- flags and data
 
-def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tiny_size, capsys):
+def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tiny_size):
     recipe = f"--lr 0.5\n--model={tiny_size}  # small\n\n--ema-ramp --name 'a b'\n"
     (tiny_data / "recipe.txt").write_text(recipe)
     args, _ = train.parse(["--data", str(tiny_data), "--lr", "0.25", "--no-ema-ramp"])
     assert (args.lr, args.model, args.ema_ramp, args.name) == (0.25, tiny_size, False, "a b")
-    assert args.global_batch_size == 256 and "--lr 0.5" in capsys.readouterr().out
+    assert args.global_batch_size == 256 and "--lr 0.5" in args.recipe
 
 
 @pytest.mark.parametrize("name, array", [
