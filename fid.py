@@ -191,7 +191,8 @@ def load_inception(path=None):
         else:
             state = torch.hub.load_state_dict_from_url(
                 URL, map_location="cpu", check_hash=True, weights_only=True)
-        net.load_state_dict({our_name(key): value.float() for key, value in state.items()})
+        state = {our_name(key): x.float() for key, x in state.items()}
+        net.load_state_dict(state)
     except Exception as error:
         raise InputError(f"--weights {path}: does not fit; give {URL}", error)
     return net.freeze()

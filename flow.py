@@ -119,6 +119,7 @@ class Purrception(nn.Module):
             pi = torch.softmax(logits / tau, 1)                 # Eq. 12, 15
             with torch.autocast(z.device.type, enabled=False):  # float32 island
                 mu[rows] = pi @ E
+            del logits, pi  # before the next come
         return self.on_grid(mu).movedim(-1, 1)
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
@@ -168,8 +169,7 @@ class Purrception(nn.Module):
         for W, b in zip(weights, biases):
             for x in h.split(n):
                 rows = slice(done, done + len(x))
-                logits = F.linear(x, W, b)
-                yield rows, logits.float()
+                yield rows, F.linear(x, W, b).float()
                 done = rows.stop
 
     def on_grid(self, x):
@@ -459,10 +459,10 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             for g, W in enumerate(weight):  # [K,D]
                 for i in range(0, len(h), n):
-                    x = h[i:i + n]                    # [n,D]
-                    c = target[i:i + n, g, None]      # [n,1]
-                    logits = F.linear(x, W, bias[g])  # [n,K]
-                    ce_sum, z_sum, dl = loss_and_gradient(logits.to(exact), c, z_weight)
+                    x = h[i:i + n]                          # [n,D]
+                    c = target[i:i + n, g, None]            # [n,1]
+                    dl = F.linear(x, W, bias[g]).to(exact)  # [n,K]: logits, then their gradient
+                    ce_sum, z_sum = loss_and_gradient(dl, c, z_weight)
                     ce += ce_sum
                     z += z_sum
                     if grad:
@@ -470,6 +470,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                         dl = dl.to(dtype)
                         dh[i:i + n] += dl @ W
                         dW[g] += dl.T @ x
+                    del dl  # before the next comes
 
         ctx.positions = target.numel()
         ce /= ctx.positions
@@ -488,14 +489,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 def loss_and_gradient(logits, c, z_weight):
     """Compute -log pi_c and z_weight L^2 of logits [n,K] and codes c [n,1], summed over rows.
 
-    L is the logsumexp. Also returns dl, the gradient of both sums, which overwrites the logits.
+    L is the logsumexp. The gradient of both sums overwrites the logits.
     """
     top = logits.amax(1, keepdim=True)
     logit_c = logits.gather(1, c)
     pi = torch.softmax(logits, 1, out=logits)  # in place
     L = top - pi.amax(1, keepdim=True).log()   # the largest pi is exp(top - L)
+    pi.mul_(1 + 2 * z_weight * L)              # dl = pi (1 + 2 z_weight L) - onehot(c)
+    pi.scatter_add_(1, c, torch.full_like(L, -1))
     ce = L - logit_c
     z = z_weight * L.square()
-    dl = pi.mul_(1 + 2 * z_weight * L)  # dl = pi (1 + 2 z_weight L) - onehot(c)
-    dl.scatter_add_(1, c, torch.full_like(L, -1))
-    return ce.sum(), z.sum(), dl
+    return ce.sum(), z.sum()

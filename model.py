@@ -39,7 +39,8 @@ def modulate(x, shift, scale):
 
 def sincos_2d(width, side):
     """Encode the columns, then the rows of a grid by sines and cosines: [1,side*side,width]."""
-    omega = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    i = torch.arange(width // 4, dtype=torch.float64)
+    omega = 10000 ** -(i / (width / 4))
     axis = torch.arange(side, dtype=torch.float64)
     row, column = torch.meshgrid(axis, axis, indexing="ij")
     parts = []

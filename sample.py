@@ -50,7 +50,8 @@ def draw(run, args, indices):
     """Sample images, uint8 [n,H,W,3]."""
     device = run.flow.codebook.device
     noise = draw_noise(run.flow, indices, args.seed)
-    y = torch.tensor([args.classes[i % len(args.classes)] for i in indices], device=device)
+    classes = [args.classes[i % len(args.classes)] for i in indices]
+    y = torch.tensor(classes, device=device)
     settings = (y, args.steps, args.tau, args.cfg_scale, noise)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         if beyond(args):
@@ -61,7 +62,7 @@ def draw(run, args, indices):
 
 
 def fill_folder(run, args, rank, world):
-    """Make this process's share of the missing images. Return all paths."""
+    """Make this process's share of the missing images."""
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     n = args.per_proc_batch_size

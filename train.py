@@ -202,7 +202,7 @@ Run = namedtuple("Run", "ckpt flow vq data args step")
 
 
 def load_run(ckpt=None, data=None, device="cpu"):
-    """Load the averaged weights of ckpt, or of the newest; data: its directory, if moved."""
+    """Load the averaged weights of ckpt, or the newest; data: its directory, if moved."""
     ckpt = Path(ckpt or find_run() / "ckpt.pt")
     settings, _ = load_checkpoint(ckpt)
     args = flags().parse_args([], argparse.Namespace(**settings))  # newer flags: defaults
@@ -229,7 +229,7 @@ def save_samples(path, flow, vq, args):
 # ---------- the loop
 
 def backward(ddp, codes, y, noise, args):
-    """Compute the gradients, averaged over processes. Return this process's mean losses."""
+    """Compute gradients, averaged over processes. Return this process's mean losses."""
     b = len(codes) // args.accumulate
     losses = {}
     for i in range(0, len(codes), b):
@@ -245,11 +245,11 @@ def backward(ddp, codes, y, noise, args):
 
 def train(args, data, vq, run, rank, world, device):
     """Train, from the checkpoint in the folder `run` if it has one. Return the steps done."""
-    torch.manual_seed(args.seed)  # equal weights on all processes
+    torch.manual_seed(args.seed)
     flow = build(args, data, vq.codebook).to(device)
     if args.geometric_head and not isinstance(flow, CFM):
         geometric_head(flow)
-    ema = copy.deepcopy(flow).requires_grad_(False)  # the same method on averaged weights
+    ema = copy.deepcopy(flow).requires_grad_(False)
     opt = make_optimizer(flow, args.lr)
     start = 0
     if run and (run / "ckpt.pt").exists():
@@ -259,7 +259,7 @@ def train(args, data, vq, run, rank, world, device):
     ddp = flow
     if world > 1:
         ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True, broadcast_buffers=False)
-    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps", smoothing=0.02)
+    bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps")
 
     stop = []  # Ctrl-C and SIGTERM fill it; the step then ends, and is saved
     for name in (signal.SIGINT, signal.SIGTERM):
@@ -305,7 +305,7 @@ def train(args, data, vq, run, rank, world, device):
             record = dict(zip(losses, means), grad_norm=grad_norm, lr=lr, images_per_second=speed)
             with open(run / "log.jsonl", "a") as file:
                 file.write(json.dumps({"step": done, **record}) + "\n")
-            bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s", refresh=False)
+            bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s")
             seen = seconds = 0
         # The numbered checkpoint comes first: a run killed between the two would never write it.
         if rank == 0 and due(args.keep_every, done, args):
@@ -364,7 +364,7 @@ def flags():
 
 
 def parse(argv=None):
-    """Return the flags, and the folder of the run that they resume, or None."""
+    """Return the flags, and the folder of a run to resume, or None."""
     parser = flags()
     words = sys.argv[1:] if argv is None else list(argv)
     first, _ = parser.parse_known_args(words)

@@ -201,7 +201,7 @@ class Stub:
 
 
 def read_checkpoint(path):
-    """Read a torch.save file onto the CPU. Its tensors stay on the disk until they are used.
+    """Read a torch.save file onto the CPU. Its tensors are read when they are used.
 
     Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
@@ -294,7 +294,8 @@ def list_images(root):
     paths = find_images(root)
     flat = [path for path in paths if path.parent == root]
     if not paths or 0 < len(flat) < len(paths):
-        raise InputError(f"{(flat or [root])[0]}: give a folder of images, or of class folders")
+        wrong = flat[0] if flat else root
+        raise InputError(f"{wrong}: give a folder of images, or of class folders")
     if flat:
         names = [root.resolve().name] * len(paths)
     else:
@@ -304,7 +305,7 @@ def list_images(root):
 
 
 def open_arrays(args, labels, side, rank):
-    """Open codes.npy, with --flip codes_flip.npy of the mirrored images, and labels.npy."""
+    """Open codes.npy, with --flip also codes_flip.npy, and labels.npy."""
     blank = np.broadcast_to(np.uint16(EMPTY), (len(labels), side, side))
     arrays = {"codes.npy": blank, "codes_flip.npy": blank, "labels.npy": labels}
     if not args.flip:
@@ -326,7 +327,7 @@ def encode_folder(args, vq, rank, world, device):
         tokenizer_sha256=hashlib.sha256(args.vq.read_bytes()).hexdigest(),
         image_size=args.size, classes=classes, flip=args.flip,
         files=hashlib.sha256(names.encode()).hexdigest(),
-        reference="reference.npz", features="inception")  # for fid.py, if that file is there
+        reference="reference.npz", features="inception")
     claim_folder(args.out, args.out / "meta.json", meta, rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
@@ -366,7 +367,8 @@ def reconstruct(args, vq, device):
         codes = vq.encode(from_pixels(original[None]).to(device))
         again = vq.decode_pixels(codes)[0].numpy()
         mse = np.square(original.astype(float) - again).mean()
-        print(f"{path}: PSNR {10 * math.log10(255 ** 2 / max(mse, 1e-9)):.2f} dB")
+        psnr = 10 * math.log10(255 ** 2 / max(mse, 1e-9))
+        print(f"{path}: PSNR {psnr:.2f} dB")
         pairs += [original, again]
     save_image(args.out or "reconstructions.png", pairs, columns=2)
 
@@ -417,7 +419,7 @@ def to_pixels(x):
 
 
 def find_images(folder):
-    """List the pictures in a folder and the folders in it."""
+    """List the pictures in a folder and those in it."""
     return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
                   for name in names if name.lower().endswith(SUFFIXES))
 
@@ -442,7 +444,8 @@ def crop(image, size):
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
     image = image.resize([round(x * scale) for x in image.size], Image.BICUBIC)
-    left, top = ((x - size) // 2 for x in image.size)
+    left = (image.width - size) // 2
+    top = (image.height - size) // 2
     return np.array(image)[top:top + size, left:left + size]
 
 
