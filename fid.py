@@ -137,7 +137,8 @@ class InceptionV3(nn.Sequential):
     def forward(self, x):
         if x.dtype != torch.uint8:
             raise TypeError(f"InceptionV3 takes uint8 pixels from 0 to 255, not {x.dtype}")
-        x = (resize(x.float()) - 128) / 128  # [B,3,299,299]
+        x = resize(x.float())  # [B,3,299,299]
+        x = (x - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 is too coarse
             for layer in list(self)[:-1]:

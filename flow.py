@@ -34,7 +34,8 @@ class Purrception(nn.Module):
         self.model = model
         self.z_loss = z_loss
         self.label_dropout = label_dropout
-        self.register_buffer("codebook", codebook.detach().float(), persistent=False)
+        codebook = codebook.detach().float()
+        self.register_buffer("codebook", codebook, persistent=False)
 
     # ---------- training
 
@@ -68,7 +69,7 @@ class Purrception(nn.Module):
         return z1.movedim(-1, 1)
 
     def path(self, z0, codes, t):
-        """Compute z_t, between noise z0 and codes: [B,d,h,w]."""
+        """Compute z_t between z0 and codes: [B,d,h,w]."""
         z1 = self.embed(codes)
         t = t.view(-1, 1, 1, 1)
         return t * z1 + (1 - t) * z0
@@ -116,14 +117,13 @@ class Purrception(nn.Module):
         R = len(y) * self.model.input_size ** 2
         mu = E.new_empty(R, E.shape[1])
         for rows, logits in self.outputs(z, t, y, cfg):         # [n,K]
-            pi = torch.softmax(logits / tau, 1)                 # Eq. 12, 15
+            pi = torch.softmax(logits.div_(tau), 1)             # Eq. 12, 15
             with torch.autocast(z.device.type, enabled=False):  # float32 island
                 mu[rows] = pi @ E
-            del logits, pi  # before the next come
         return self.on_grid(mu).movedim(-1, 1)
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
-        """Compute pi (Eq. 12, 15), all of it: [B,h,w,K]."""
+        """Compute pi (Eq. 12, 15): [B,h,w,K]."""
         pi = []
         for _, logits in self.outputs(z, t, y, cfg):
             pi.append(torch.softmax(logits / tau, 1))
@@ -271,7 +271,8 @@ class DFM(Purrception):
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)                      # [B,h,w] each
         uniform = to_tokens(which, self.model.patch_size)  # [B,N,G]
-        uniform = uniform.flatten(0, 1).T.flatten()        # in the order of outputs()
+        uniform = uniform.flatten(0, 1)
+        uniform = uniform.T.flatten()  # in the order of outputs()
         masked = len(self.codebook)
         z = torch.full_like(when, masked, dtype=torch.long)
         for s in range(steps):
@@ -317,13 +318,14 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
 
     order: 2 extends the line through the mu of the last two calls, so that ten are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
-    start: a time; noise is then a point z_t of the path at that time, such as a noisy picture;
+    start: a time; noise is then a point z_t of the path there, such as a noisy picture;
     known: codes [B,h,w] to end in, -1 where any may be chosen.
     """
     if known is None:
         known = torch.full_like(y, -1)
         known = known.view(-1, 1, 1)
     free = known < 0
+    moves = free.unsqueeze(1)
     z1 = flow.embed(known.clamp(0))
     z = flow.prior(len(y)) if noise is None else noise
     low, high = interval
@@ -334,7 +336,7 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
         times = torch.full((len(y),), t, device=z.device)
         guidance = cfg if low <= t <= high else 1.0
         mu = flow.mean(z, times, y, tau, guidance)
-        mu = torch.where(free.unsqueeze(1), mu, z1)
+        mu = torch.where(moves, mu, z1)
         v = (mu - z) / (1 - t)
         if order == 2 and s > 0:
             slope = (mu - old_mu) / (t - old_t)
@@ -445,11 +447,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, bias, target, z_weight, grad):
         dtype = product_dtype(h)
-        exact = torch.promote_types(dtype, torch.float32)  # float32 island; float64 stays
+        exact = torch.promote_types(dtype, torch.float32)  # float64 stays
         h = h.to(dtype)
         weight = weight.to(dtype)
         bias = bias.to(dtype)
         n = chunk_rows(weight.shape[1], h.device)
+        space = h.new_empty(n, weight.shape[1])
         ce = torch.zeros((), dtype=exact, device=h.device)
         z = torch.zeros_like(ce)
         if grad:
@@ -459,9 +462,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(h.device.type, enabled=False):
             for g, W in enumerate(weight):  # [K,D]
                 for i in range(0, len(h), n):
-                    x = h[i:i + n]                          # [n,D]
-                    c = target[i:i + n, g, None]            # [n,1]
-                    dl = F.linear(x, W, bias[g]).to(exact)  # [n,K]: logits, then their gradient
+                    x = h[i:i + n]                # [n,D]
+                    c = target[i:i + n, g, None]  # [n,1]
+                    logits = space[:len(x)]
+                    torch.addmm(bias[g], x, W.T, out=logits)
+                    dl = logits.to(exact)
                     ce_sum, z_sum = loss_and_gradient(dl, c, z_weight)
                     ce += ce_sum
                     z += z_sum
@@ -470,7 +475,6 @@ class LinearCrossEntropy(torch.autograd.Function):
                         dl = dl.to(dtype)
                         dh[i:i + n] += dl @ W
                         dW[g] += dl.T @ x
-                    del dl  # before the next comes
 
         ctx.positions = target.numel()
         ce /= ctx.positions
@@ -482,7 +486,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale, *_):
         scale = scale / ctx.positions
-        gradients = [d.mul_(scale) for d in ctx.saved_tensors]  # in place: they are large
+        gradients = [d.mul_(scale) for d in ctx.saved_tensors]  # in place
         return *gradients, None, None, None
 
 

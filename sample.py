@@ -131,7 +131,7 @@ def main(argv=None):
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and bf16_is_fast(device)
     if args.bf16:
-        run.flow.model.blocks.bfloat16()  # else autocast casts the weights in every call
+        run.flow.model.blocks.bfloat16()  # else every call casts the weights
         run.flow.model.final_layer.linear.bfloat16()
     if args.compile:
         compile_blocks(run.flow.model)

@@ -239,7 +239,8 @@ def backward(ddp, codes, y, noise, args):
             loss, parts = ddp(codes[micro], y[micro], [x[micro] for x in noise])
         (loss / args.accumulate).backward()
         for name, x in {"loss": loss, **parts}.items():
-            losses[name] = losses.get(name, 0) + x.detach() / args.accumulate
+            x = x.detach() / args.accumulate
+            losses[name] = losses.get(name, 0) + x
     return losses
 
 
@@ -261,7 +262,7 @@ def train(args, data, vq, run, rank, world, device):
         ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True, broadcast_buffers=False)
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps")
 
-    stop = []  # Ctrl-C and SIGTERM fill it; the step then ends, and is saved
+    stop = []  # Ctrl-C and SIGTERM fill it
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: stop.append(True))
     B = args.global_batch_size

@@ -229,10 +229,10 @@ def test_a_set_gives_the_same_number_as_folder_array_or_statistics(run, monkeypa
 
 
 def test_images_are_found_in_all_folders_below_and_cropped_if_asked_for(run):
-    for i, name in enumerate(("1.PNG", "c/d/2.jpeg")):
-        path = Path("sizes", name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.linear_gradient("L").resize((24 + 12 * i, 24)).save(path)
+    for path in (Path("sizes/1.PNG"), Path("more/d/2.jpeg")):
+        path.parent.mkdir(parents=True)
+        Image.linear_gradient("L").resize((36 if path.suffix == ".PNG" else 24, 24)).save(path)
+    Path("sizes/link").symlink_to(Path("more").absolute())
     with pytest.raises(fid.InputError, match="--size"):
         run("sizes", "--ref", "b")
     value, line = run("sizes", "--ref", "b", "--size", 8)
