@@ -1,7 +1,7 @@
 """Edit a picture, with flow.py as a library: vary it, change its class, paint a part of it anew.
 
-    python -m demo.edit --from cat.png --start 0.5                       variations in each class
-    python -m demo.edit --from cat.png --keep 0 0 64 32 --resample 4     a new lower half
+    python -m demo.edit --from demo/cat.png --start 0.5                    variations in each class
+    python -m demo.edit --from demo/cat.png --keep 0 0 64 32 --resample 4  a new lower half
 
 The picture is cropped and encoded as vq.py does. Sampling starts on the path from noise to its
 codes, at time --start: the later, the more of the picture stays. Codes in the box --keep end as
