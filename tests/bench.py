@@ -1,12 +1,12 @@
 """Time the heavy paths against what one would write first, or against other people's code.
 
-    python tests/bench.py                                against the plain formulas in this file
-    python tests/bench.py loss step --repeats 7          some of the rows only
-    python tests/bench.py step velocity encode --against path/to/purrception    the release
-    python tests/bench.py inception --against path/to/torch-fidelity
-    python tests/bench.py frechet --against pytorch-fid                         if installed
-    python tests/bench.py --scale                        growth with K and with positions
-    python tests/bench.py step-both-bf16 velocity-bf16 --device cuda --model DiT-XL/2 --compile
+    python -m tests.bench                                against the plain formulas in this file
+    python -m tests.bench loss step --repeats 7          some of the rows only
+    python -m tests.bench step velocity encode --against path/to/purrception    the release
+    python -m tests.bench inception --against path/to/torch-fidelity
+    python -m tests.bench frechet --against pytorch-fid                         if installed
+    python -m tests.bench --scale                        growth with K and with positions
+    python -m tests.bench step-both-bf16 velocity-bf16 --device cuda --model DiT-XL/2 --compile
 
 The release wants timm, einops and torchdiffeq installed, pytorch-fid wants torchvision. Rows called
 -bf16 hold our bf16 against float32, step-both-bf16 against the release's own. Each side of a row
@@ -30,7 +30,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fid
 import flow
 import model
@@ -275,7 +274,7 @@ def compare(path):
     results = {"ours": [], "yardstick": []}
     for _ in range(SETUP.repeats):
         for side in results:
-            command = [sys.executable, *sys.argv, "--child", path, side]
+            command = [sys.executable, "-m", "tests.bench", *sys.argv[1:], "--child", path, side]
             printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
             results[side].append(json.loads(printed.splitlines()[-1]))  # others' code prints, too
     (t1, m1), (t2, m2) = (map(statistics.median, zip(*results[side])) for side in results)
