@@ -61,6 +61,10 @@ def open_data(path, device):
         side = codes.shape[1]
         if not codes.shape == flipped.shape == (len(labels), side, side):
             raise ValueError("codes and labels are of different sizes")
+        if not codes.size or not codes.dtype == flipped.dtype == np.uint16:
+            raise ValueError("the codes are none, or not of type uint16")
+        if labels.max() not in range(len(meta["classes"])):  # -1: an unreadable image
+            raise ValueError("no image is readable, or a label has no class")
     except Exception as error:
         raise InputError(f"--data {path}: unusable; encode the images again", error)
     vq = load_vq(tokenizer, device)
@@ -372,14 +376,17 @@ def parse(argv=None):
     recipe = Path(first.data, "recipe.txt")
     run = find_run(first.name) if first.resume else None
     parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"), recipe="")
-    if run and (run / "ckpt.pt").exists():
-        parser.set_defaults(**load_checkpoint(run / "ckpt.pt")[0])
-    elif run:  # stopped before its first checkpoint
-        parser.set_defaults(**json.loads((run / "args.json").read_text()))
-    elif recipe.exists():
-        words = [f"@{recipe}", *words]
-        parser.set_defaults(recipe=" ".join(recipe.read_text().split()))
-    return parser.parse_args(words), run
+    try:
+        if run and (run / "ckpt.pt").exists():
+            parser.set_defaults(**load_checkpoint(run / "ckpt.pt")[0])
+        elif run:  # stopped before its first checkpoint
+            parser.set_defaults(**json.loads((run / "args.json").read_text()))
+        elif recipe.exists():
+            words = [f"@{recipe}", *words]
+            parser.set_defaults(recipe=" ".join(recipe.read_text().split()))
+        return parser.parse_args(words), run
+    except (OSError, ValueError) as error:
+        raise InputError(f"{run or recipe}: unreadable settings; repair or remove it", error)
 
 
 def main(argv=None):

@@ -30,6 +30,19 @@ def test_distance_in_closed_form(shift, S1, S2, expected):
     assert value >= 0 and value == pytest.approx(expected, rel=1e-10, abs=1e-10)
 
 
+@pytest.mark.parametrize("n1, n2", [(20, 30), (20, 200), (1, 20)])
+def test_distance_is_right_for_fewer_samples_than_features_and_symmetric(n1, n2):
+    rng = np.random.default_rng(0)
+    X = rng.normal(size=(n1, 64)) / np.sqrt(n1)
+    Y = rng.normal(size=(n2, 64)) / np.sqrt(n2) * 2
+    # With S1 = X^T X and S2 = Y^T Y, tr (S1 S2)^(1/2) is the sum of the singular values of X Y^T.
+    expected = np.square(X).sum() + np.square(Y).sum() - 2 * scipy.linalg.svdvals(X @ Y.T).sum()
+    mu = np.zeros(64)
+    value = fid.frechet_distance(mu, X.T @ X, mu, Y.T @ Y)
+    assert value == pytest.approx(expected, rel=1e-6)
+    assert fid.frechet_distance(mu, Y.T @ Y, mu, X.T @ X) == pytest.approx(value, rel=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_distance_refuses_numbers_that_are_not_finite_and_other_sizes(bad):
@@ -147,6 +160,16 @@ def test_loading_and_freezing_change_no_feature(network, tmp_path):
     torch.testing.assert_close(features, network(x), atol=1e-4, rtol=0)
     with pytest.raises(TypeError, match="uint8"):
         frozen(x.float() / 255)
+
+
+def test_untrained_features_depend_on_the_seed_alone():
+    convs = []
+    for seed, state in ((0, 1), (0, 2), (1, 2)):
+        torch.manual_seed(state)
+        convs.append(fid.untrained_inception(seed).Mixed_7c.branch1x1.conv)
+    a, b, other = (conv.weight for conv in convs)
+    assert torch.equal(a, b) and not torch.equal(a, other)
+    assert a.std() == pytest.approx((2 / 2048) ** 0.5, rel=0.01) and not convs[0].bias.any()
 
 
 # ---------- its weights

@@ -319,6 +319,10 @@ def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tin
 
 @pytest.mark.parametrize("name, array", [
     ("labels.npy", np.zeros(7, int)),
+    ("labels.npy", np.full(40, -1)),  # no picture was readable
+    ("labels.npy", np.full(40, 9)),
+    ("codes.npy", np.full((40, 4, 4), np.nan)),
+    ("codes.npy", np.zeros((40, 0, 0), np.uint16)),
     ("codes_flip.npy", np.zeros((40, 2, 2), np.uint16)),
     ("codes_flip.npy", np.full((40, 4, 4), 65535, np.uint16)),  # its encoding was interrupted
     ("codes.npy", None)])
@@ -337,6 +341,7 @@ def test_an_unusable_data_directory_is_named(run, tiny_data, name, array):
     ("--accumulate 3", "", "--global-batch-size"),
     ("--resume", "", "runs/a: not found"),
     ("--steps 2.5", "", "--steps: "),
+    ("", "--name it's", "recipe.txt: unreadable"),
     ("", "--objective diffusion", "--objective")])
 def test_other_wrong_input_is_named(run, tiny_data, capsys, flags, recipe, message):
     (tiny_data / "recipe.txt").write_text(recipe)
