@@ -10,6 +10,7 @@ number of processes makes the same images, and the same command resumes after an
 Classes come in turn. OUT.json records the flags; OUT.png is a sheet.
 """
 import argparse
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,6 +104,8 @@ def parse(argv):
     args = parser.parse_args(argv)
     if args.steps < 1 or args.tau is not None and not args.tau > 0:
         parser.error("--steps and --tau: give positive numbers")
+    if not math.isfinite(args.cfg_scale):
+        parser.error("--cfg-scale: give a finite number")
     return args
 
 

@@ -116,8 +116,9 @@ def test_a_checkpoint_that_is_damaged_or_of_other_data_is_named(trained, tiny_vq
         with pytest.raises(InputError, match=f"{name}: ") as error:
             make("x", "--ckpt", name)
         assert "\n" not in str(error.value)
-    with pytest.raises(SystemExit):
-        make("x", "--tau", 0)
+    for flag, value in (("--tau", 0), ("--cfg-scale", "nan")):
+        with pytest.raises(SystemExit):
+            make("x", flag, value)
     assert not Path("x").exists() and not Path("x.json").exists()
 
 
