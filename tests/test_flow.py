@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import flow
-from flow import OBJECTIVES, Purrception, linear_cross_entropy
+from flow import DFM, OBJECTIVES, Purrception, linear_cross_entropy
 
 
 def assert_same(ours, theirs, rtol=1e-6):
@@ -94,7 +94,7 @@ def test_the_defaults_are_the_papers():
 
     assert default(linear_cross_entropy, "z_weight") == 1e-5
     assert default(Purrception.sample, "tau") == 0.9
-    for function in Purrception.posterior, Purrception.mean, Purrception.velocity:
+    for function in DFM.sample, Purrception.posterior, Purrception.mean, Purrception.velocity:
         assert default(function, "tau") == 1.0
     for objective in OBJECTIVES.values():
         f = objective(Fake(), torch.randn(K, d))
