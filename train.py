@@ -41,8 +41,8 @@ from vq import InputError, load_vq, read_checkpoint, save_image, setup_process, 
 # ---------- data
 
 # A data directory: codes, and those of the mirrored images, uint16 [N,h,w] on the disk; labels [N],
-# -1 where the image could not be read.
-Data = namedtuple("Data", "path meta codes flipped labels")
+# -1 where the image could not be read; and the indices of the others.
+Data = namedtuple("Data", "path meta codes flipped labels readable")
 
 
 def open_data(path, device):
@@ -68,10 +68,12 @@ def open_data(path, device):
     except Exception as error:
         raise InputError(f"--data {path}: unusable; encode the images again", error)
     vq = load_vq(tokenizer, device)
-    top = max(codes.max(), flipped.max())
+    top = codes.max()
+    if flipped is not codes:
+        top = max(top, flipped.max())
     if top >= len(vq.codebook):  # 65535: not encoded yet
         raise InputError(f"--data {path}: has code {top} of {len(vq.codebook)}; repeat vq.py")
-    return Data(path, meta, codes, flipped, labels), vq
+    return Data(path, meta, codes, flipped, labels, np.flatnonzero(labels >= 0)), vq
 
 
 @functools.lru_cache(2)
@@ -89,9 +91,8 @@ def batch_rows(N, B, seed, step):
 def load_batch(data, args, step, part, device):
     """Load a part of a step's batch: codes [b,h,w], mirrored at random, and labels [b]."""
     B = args.global_batch_size
-    readable = np.flatnonzero(data.labels >= 0)
-    rows = batch_rows(len(readable), B, args.seed, step)
-    rows = readable[rows[part]]
+    rows = batch_rows(len(data.readable), B, args.seed, step)
+    rows = data.readable[rows[part]]
     coin = np.random.default_rng((args.seed, step, 1)).random(B)
     mirror = coin[part, None, None] < 0.5
     codes = np.where(mirror, data.flipped[rows], data.codes[rows])
