@@ -2,16 +2,16 @@
 
 The distance is that of two Gaussians, of the mean mu and covariance S of 2048 Inception features:
 
-    FID = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)            (arXiv 1706.08500)
+    FID = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)    (arXiv 1706.08500)
 
-    python fid.py samples/                                             sample.py's own reference
-    python fid.py samples/ --ref imagenet/val --size 256               the paper's protocol
-    python fid.py imagenet/val --size 256 --save-stats val.npz         statistics, for --ref
-    python fid.py samples.npz --ref VIRTUAL_imagenet256_labeled.npz    ADM's reference batch
+    python fid.py samples/                                        sample.py's own reference
+    python fid.py samples/ --ref imagenet/val --size 256          the paper's protocol
+    python fid.py imagenet/val --size 256 --save-stats val.npz    statistics, for --ref
+    python fid.py samples.npz --ref adm.npz                       ADM's VIRTUAL_imagenet256_labeled
 
 A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or of statistics (mu,
-sigma). The number is torch-fidelity's on the same images and weights. For the demo, the weights are
-random: such features rank its results, but their distance is not FID.
+sigma). The number is torch-fidelity's on the same images and weights. The demo's weights are random, so
+its distance is not FID.
 
 Shapes: B batch, N images, C channels, H W pixels, D features.
 """
@@ -136,7 +136,7 @@ class InceptionV3(nn.Sequential):
     @torch.inference_mode()
     def forward(self, x):
         if x.dtype != torch.uint8:
-            raise TypeError(f"InceptionV3 takes uint8 pixels from 0 to 255, not {x.dtype}")
+            raise TypeError(f"pixels must be uint8, not {x.dtype}")
         x = resize(x.float())  # [B,3,299,299]
         x = (x - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
@@ -249,7 +249,7 @@ def network(features, weights, device):
 def read_npz(path, features):
     """Return an .npz's statistics of these features, mu, sigma and N, or else its images."""
     try:
-        with open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's images take 2 GB
+        with open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's take 2 GB
             if "mu" in file and str(file.get("features", "inception")) == features:
                 return file["mu"], file["sigma"], int(file.get("count", 0))
             images = file["arr_0"]
@@ -257,7 +257,7 @@ def read_npz(path, features):
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
         return images
     except Exception as error:
-        raise InputError(f"{path}: not images (arr_0, uint8 [N,H,W,3]) or statistics (mu, sigma), "
+        raise InputError(f"{path}: not images (arr_0, uint8 NHWC) or statistics (mu, sigma), "
                          f"of {features} features", error)
 
 

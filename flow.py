@@ -101,7 +101,7 @@ class Purrception(nn.Module):
         """
         z = self.prior(len(y)) if noise is None else noise
         for s in range(steps):
-            t = torch.full((len(y),), s / steps, device=z.device)
+            t = torch.full_like(y, s / steps, dtype=torch.float)
             z = z + self.velocity(z, t, y, tau, cfg) / steps
         return self.nearest(z)
 
@@ -276,7 +276,7 @@ class DFM(Purrception):
         masked = len(self.codebook)
         z = torch.full_like(when, masked, dtype=torch.long)
         for s in range(steps):
-            t = torch.full((len(y),), s / steps, device=z.device)
+            t = torch.full_like(y, s / steps, dtype=torch.float)
             drawn = torch.empty_like(uniform, dtype=torch.long)
             drawn = drawn.unsqueeze(1)
             for rows, logits in self.outputs(z, t, y, cfg):
@@ -305,7 +305,7 @@ OBJECTIVES = {
     "purrception": Purrception,
     "cfm": CFM,
     "endpoint": Endpoint,
-    "dfm": DFM,
+    "dfm": DFM
 }
 
 
@@ -328,12 +328,16 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
     moves = free.unsqueeze(1)
     z1 = flow.embed(known.clamp(0))
     z = flow.prior(len(y)) if noise is None else noise
+
+    def time(s):
+        return start + (1 - start) * (s / steps)  # exactly 1 at last
+
     low, high = interval
     old_t = old_mu = None
     for s in range(steps):
-        t = start + (1 - start) * (s / steps)
-        after = start + (1 - start) * ((s + 1) / steps)  # exactly 1 at last
-        times = torch.full((len(y),), t, device=z.device)
+        t = time(s)
+        after = time(s + 1)
+        times = torch.full_like(y, t, dtype=torch.float)
         guidance = cfg if low <= t <= high else 1.0
         mu = flow.mean(z, times, y, tau, guidance)
         mu = torch.where(moves, mu, z1)
@@ -417,14 +421,6 @@ def chunk_rows(K, device):
     return max(1, numbers // K)
 
 
-def product_dtype(h):
-    """Return the dtype of the head's product: autocast's if it is on, else that of h."""
-    device = h.device.type
-    if torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return h.dtype
-
-
 def linear_cross_entropy(h, weight, bias, target, z_weight=1e-5):
     """Apply a linear head, softmax cross-entropy and z-loss (Eq. 14, Sec. 3.3) in chunks.
 
@@ -446,20 +442,24 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, weight, bias, target, z_weight, grad):
-        dtype = product_dtype(h)
+        device = h.device.type
+        dtype = h.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         exact = torch.promote_types(dtype, torch.float32)  # float64 stays
         h = h.to(dtype)
         weight = weight.to(dtype)
         bias = bias.to(dtype)
         n = chunk_rows(weight.shape[1], h.device)
         space = h.new_empty(n, weight.shape[1])
-        ce = torch.zeros((), dtype=exact, device=h.device)
-        z = torch.zeros_like(ce)
+        sums = torch.zeros(2, dtype=exact, device=h.device)
         if grad:
-            dh, dW, db = (torch.zeros_like(x, dtype=exact) for x in (h, weight, bias))
+            dh = torch.zeros_like(h, dtype=exact)
+            dW = torch.zeros_like(weight, dtype=exact)
+            db = torch.zeros_like(bias, dtype=exact)
             ctx.save_for_backward(dh, dW, db)
 
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             for g, W in enumerate(weight):  # [K,D]
                 for i in range(0, len(h), n):
                     x = h[i:i + n]                # [n,D]
@@ -467,9 +467,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                     logits = space[:len(x)]
                     torch.addmm(bias[g], x, W.T, out=logits)
                     dl = logits.to(exact)
-                    ce_sum, z_sum = loss_and_gradient(dl, c, z_weight)
-                    ce += ce_sum
-                    z += z_sum
+                    sums += loss_and_gradient(dl, c, z_weight)
                     if grad:
                         db[g] += dl.sum(0)
                         dl = dl.to(dtype)
@@ -477,8 +475,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                         dW[g] += dl.T @ x
 
         ctx.positions = target.numel()
-        ce /= ctx.positions
-        z /= ctx.positions
+        ce, z = (sums / ctx.positions).unbind()
         ctx.mark_non_differentiable(ce, z)
         return ce + z, ce, z
 
@@ -491,7 +488,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def loss_and_gradient(logits, c, z_weight):
-    """Compute -log pi_c and z_weight L^2 of logits [n,K] and codes c [n,1], summed over rows.
+    """Compute -log pi_c and z_weight L^2 of logits [n,K] and codes c [n,1], summed over rows: [2].
 
     L is the logsumexp. The gradient of both sums overwrites the logits.
     """
@@ -503,4 +500,5 @@ def loss_and_gradient(logits, c, z_weight):
     pi.scatter_add_(1, c, torch.full_like(L, -1))
     ce = L - logit_c
     z = z_weight * L.square()
-    return ce.sum(), z.sum()
+    sums = torch.cat([ce, z], 1)
+    return sums.sum(0)

@@ -53,19 +53,18 @@ def sincos_2d(width, side):
 class TimestepEmbedder(nn.Module):
     """Embed times t [B] in [0,1) (DiT: 0..999) by cosines, sines and an MLP: [B,D]."""
 
-    def __init__(self, width, channels=256):
+    def __init__(self, width):
         super().__init__()
-        self.half = channels // 2
         self.mlp = nn.Sequential(
-            nn.Linear(channels, width),
+            nn.Linear(256, width),
             nn.SiLU(),
             nn.Linear(width, width))
 
     def forward(self, t):
         # float32 island: bf16, as in the authors' release, keeps two digits of t.
         with torch.autocast(t.device.type, enabled=False):
-            steps = torch.arange(self.half, device=t.device)
-            frequencies = torch.exp(-math.log(10000) / self.half * steps)
+            steps = torch.arange(128, device=t.device)
+            frequencies = torch.exp(-math.log(10000) / 128 * steps)
             angles = t.float()[:, None] * frequencies
             waves = torch.cat([angles.cos(), angles.sin()], 1)
             return self.mlp(waves.to(self.mlp[0].weight.dtype))
@@ -142,7 +141,7 @@ class DiT(nn.Module):
         depth=28,
         num_heads=16,
         mlp_ratio=4.0,
-        num_classes=1000,
+        num_classes=1000
     ):
         super().__init__()
         self.input_size = input_size

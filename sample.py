@@ -80,24 +80,21 @@ def fill_folder(run, args, rank, world):
 
 def parse(argv):
     parser = argparse.ArgumentParser(
-        description="Sample images from a checkpoint.",
+        description="Sample images from a checkpoint. (*) goes beyond the paper.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument_group("what to sample").add_argument
+    add = parser.add_argument
     add("--ckpt", type=Path, help="checkpoint; None: that of the newest run")
     add("--data", help="data directory, if it has moved")
     add("--num-samples", type=int, default=256, help="images to make")
     add("--classes", nargs="+", metavar="CLASS", help="numbers or names; None: all")
-    add("--seed", type=int, default=0, help="seed of the noise")
-    add("--out", type=Path, default="samples", help="folder for the PNG files")
-    add = parser.add_argument_group("the paper's sampler").add_argument
     add("--tau", type=float, help="temperature; None: 0.9 (dfm: 1)")
     add("--cfg-scale", type=float, default=1.0, help="guidance scale; 1: off")
-    add("--steps", type=int, default=100, help="steps, one network call each")
-    add = parser.add_argument_group("beyond the paper").add_argument
-    add("--order", type=int, choices=(1, 2), default=1, help="1: Euler steps; 2: ten are enough")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), default=[0, 1],
-        help="guide only at times t from LO to HI")
-    add = parser.add_argument_group("speed").add_argument
+        help="guide only at times t from LO to HI (*)")
+    add("--steps", type=int, default=100, help="steps, one network call each")
+    add("--order", type=int, choices=(1, 2), default=1, help="2: ten steps are enough (*)")
+    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--out", type=Path, default="samples", help="folder for the PNG files")
     add("--per-proc-batch-size", type=int, default=64, help="images in a batch")
     add("--compile", action="store_true", help="torch.compile the transformer's blocks")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: on GPUs")
@@ -146,7 +143,7 @@ def main(argv=None):
         "started": run.args.started,
         "data": str(run.data.path),
         "reference": str(reference) if reference.exists() else None,
-        "features": meta.get("features", "inception"),
+        "features": meta.get("features", "inception")
     }
     for name in ("num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"):
         record[name] = getattr(args, name)

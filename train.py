@@ -1,8 +1,8 @@
 """Train Purrception, or one of its baselines, on the codes of a data directory.
 
-    python train.py                                                the demo's cats, on a laptop
-    torchrun --nproc_per_node=8 train.py --data data/imagenet      the paper's run
-    torchrun --nproc_per_node=8 train.py --resume                  continue where it stopped
+    python train.py                                              the demo's cats, on a laptop
+    torchrun --nproc_per_node=8 train.py --data data/imagenet    the paper's run
+    torchrun --nproc_per_node=8 train.py --resume                continue where it stopped
 
 The defaults are the paper's. The data's recipe.txt overrides them, the command line both. A run
 writes runs/NAME/: args.json, its flags; ckpt.pt, the newest checkpoint; log.jsonl; and samples/.
@@ -362,7 +362,7 @@ def flags():
     add("--seed", type=int, default=0, help="seed of all that is random")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
     add("--compile", action=switch, default=False, help="torch.compile the blocks and the loss")
-    add("--log-every", type=int, default=100, help="steps between lines of log.jsonl")
+    add("--log-every", type=int, default=100, help="steps between log lines")
     add("--ckpt-every", type=int, default=25_000, help="steps between checkpoints")
     add("--keep-every", type=int, default=0, help="steps between kept checkpoints; 0: none")
     add("--sample-every", type=int, default=5000, help="steps between pictures; 0: none")

@@ -7,8 +7,8 @@
 The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), of vq_ds8_c2i
 (FoundationVision/LlamaGen), and of this project's tokenizers.
 
-    python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip      also with torchrun
-    python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt          original | reconstruction
+    python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip    also with torchrun
+    python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt        original | reconstruction
 
 Shapes: B batch, H W pixels, h w grid of codes, K codes, d code dimension, C channels.
 """
@@ -22,7 +22,7 @@ import os
 import re
 import time
 import zipfile
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -221,14 +221,15 @@ def read_checkpoint(path):
 
 def from_llamagen(state):
     """Rename LlamaGen's keys to CompVis's. Its decoder counts from coarse to fine."""
-    middle = {"0": "block_1", "1": "attn_1", "2": "block_2"}
-    top = count(state, "decoder.conv_blocks.") - 1
+    names = {".mid.0.": ".mid.block_1.", ".mid.1.": ".mid.attn_1.", ".mid.2.": ".mid.block_2.",
+             "encoder.conv_blocks.": "encoder.down.", ".res.": ".block."}
+    levels = count(state, "decoder.conv_blocks.")
+    for i in range(levels):
+        names[f"decoder.conv_blocks.{i}."] = f"decoder.up.{levels - 1 - i}."
     renamed = {}
     for key, x in state.items():
-        key = re.sub(r"\.mid\.([012])", lambda m: f".mid.{middle[m[1]]}", key)
-        key = re.sub(r"decoder\.conv_blocks\.(\d+)", lambda m: f"decoder.up.{top - int(m[1])}", key)
-        key = key.replace("encoder.conv_blocks", "encoder.down")
-        key = key.replace(".res.", ".block.")
+        for theirs, ours in names.items():
+            key = key.replace(theirs, ours)
         renamed[key] = x
     renamed.pop("quantize.codebook_used", None)
     return renamed
@@ -399,7 +400,7 @@ def main():
         reconstruct(args, vq, device)
 
 
-# ---------- pictures (from here on: skip on first reading)
+# ---------- pictures (skip on first reading)
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
 FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # for some others, Pillow runs programs
@@ -452,11 +453,9 @@ def crop(image, size):
 def sheet(pixels, columns):
     """Arrange uint8 [B,H,W,3] on a white picture, two pixels apart."""
     B, H, W, _ = np.shape(pixels)
-    rows = -(-B // columns)
-    page = np.full((rows * columns, H + 2, W + 2, 3), 255, np.uint8)
-    page[:B, 1:-1, 1:-1] = pixels
-    page = page.reshape(rows, columns, H + 2, W + 2, 3).swapaxes(1, 2)
-    return page.reshape(rows * (H + 2), columns * (W + 2), 3)
+    page = np.pad(pixels, [(0, -B % columns), (1, 1), (1, 1), (0, 0)], constant_values=255)
+    page = page.reshape(-1, columns, H + 2, W + 2, 3)
+    return page.swapaxes(1, 2).reshape(-1, columns * (W + 2), 3)
 
 
 def save_image(path, pixels, columns=None):
@@ -500,16 +499,14 @@ def write_whole(path):
 
 def read_ahead(read, items, n):
     """Yield n items at a time, with read() of each; threads read a batch ahead."""
-    ahead = deque()
+    last = None
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for i in range(0, len(items), n):
+        for i in range(0, len(items) + n, n):  # the final batch is empty
             batch = items[i:i + n]
-            ahead.append((batch, pool.map(read, batch)))
-            if len(ahead) > 2:
-                batch, found = ahead.popleft()
-                yield batch, list(found)
-        for batch, found in ahead:
-            yield batch, list(found)
+            found = pool.map(read, batch)
+            if last:
+                yield last[0], list(last[1])
+            last = batch, found
 
 
 def wait_for(ready):

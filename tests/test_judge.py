@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from demo.cats import cats
 from study import judge
-from vq import InputError, from_pixels, load_vq, save_image, to_pixels
+from vq import from_pixels, load_vq, save_image, to_pixels
 
 CPU = torch.device("cpu")
 
@@ -56,13 +56,6 @@ def test_a_folder_and_a_sheet_are_read_alike(tmp_path):
     note.write_text(json.dumps(dict(classes=[7, 2], num_samples=5)))
     pixels, coats = judge.read_folder(tmp_path / "samples")
     assert (pixels == images[:5]).all() and coats.tolist() == [7, 2, 7, 2, 7]
-    note.write_text(json.dumps(dict(classes=[0, 207], num_samples=5)))
-    with pytest.raises(InputError, match="10 coats only"):
-        judge.read_folder(tmp_path / "samples")
-
     save_image(tmp_path / "a.png", images, columns=10)
     pixels, coats = judge.read_sheet(tmp_path / "a.png")
     assert (pixels == images).all() and coats.tolist() == [*range(10)] * 2
-    save_image(tmp_path / "b.png", images, columns=5)
-    with pytest.raises(InputError, match="rows of 10 cats"):
-        judge.read_sheet(tmp_path / "b.png")

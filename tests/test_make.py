@@ -1,6 +1,5 @@
-"""The making of the demo: its optimizer, its codebook, and a small data directory whole."""
+"""The making of the demo: its codebook, and a small data directory whole."""
 import numpy as np
-import pytest
 import torch
 from conftest import TINY_VQ
 
@@ -11,28 +10,9 @@ from vq import VQ, from_pixels
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def vq():
+def test_standardising_the_codes_changes_no_code_and_no_picture():
     torch.manual_seed(0)
-    return VQ(**TINY_VQ)
-
-
-def test_muon_moves_a_kernel_equally_along_all_its_singular_vectors(vq):
-    before = {name: p.detach().clone() for name, p in vq.named_parameters()}
-    vq.quantize.embedding.weight.requires_grad_(False)
-    opt = make.MuonAndAdamW(vq, lr=0.5, steps=10**6)
-    z = vq.quant_conv(vq.encoder(torch.randn(4, 3, 64, 64)))
-    vq.decoder(vq.post_quant_conv(z)).square().mean().backward()
-    opt.step()
-    moved = {name: p.detach() - before[name] for name, p in vq.named_parameters()}
-    step = moved["decoder.mid.block_1.conv1.weight"].flatten(1)
-    sizes = torch.linalg.svdvals(step) / (0.5 / 100)        # the first of 100 warm-up steps
-    assert sizes.min() > 0.5 and sizes.max() < 1.5          # Newton and Schulz give no more
-    assert not moved.pop("quantize.embedding.weight").any()
-    assert all(delta.any() for name, delta in moved.items() if "attn" not in name)
-
-
-def test_standardising_the_codes_changes_no_code_and_no_picture(vq):
+    vq = VQ(**TINY_VQ)
     torch.nn.init.normal_(vq.quantize.embedding.weight, mean=2, std=0.3)
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     with torch.no_grad():
