@@ -10,8 +10,8 @@ The distance is that of two Gaussians, of the mean mu and covariance S of 2048 I
     python fid.py samples.npz --ref adm.npz                       ADM's VIRTUAL_imagenet256_labeled
 
 A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or of statistics (mu,
-sigma). The number is torch-fidelity's on the same images and weights. The demo's weights are random, so
-its distance is not FID.
+sigma). The number is torch-fidelity's on the same images and weights. The demo's weights are
+random, so its distance is not FID.
 
 Shapes: B batch, N images, C channels, H W pixels, D features.
 """

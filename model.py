@@ -21,7 +21,7 @@ WIDTHS = {
     "S": dict(depth=12, hidden_size=384, num_heads=6),
     "B": dict(depth=12, hidden_size=768, num_heads=12),
     "L": dict(depth=24, hidden_size=1024, num_heads=16),
-    "XL": dict(depth=28, hidden_size=1152, num_heads=16),
+    "XL": dict(depth=28, hidden_size=1152, num_heads=16)
 }
 SIZES = {f"DiT-{name}/{p}": dict(width, patch_size=p)
          for name, width in WIDTHS.items() for p in (1, 2, 4, 8)}
