@@ -27,12 +27,18 @@ TAU = {"purrception": 0.9, "dfm": 1.0}  # defaults; regressions have no temperat
 
 
 def pick_classes(wanted, names):
-    """Convert class names or numbers to numbers; None means all."""
-    numbers = range(len(names))
+    """Convert class names or numbers to numbers; None means all.
+
+    Where a name is one of the numbers, only names count.
+    """
+    known = {name: i for i, name in enumerate(names)}
+    numbers = {str(i): i for i in range(len(names))}
+    if not known.keys() & numbers.keys():
+        known |= numbers
     try:
-        return [names.index(x) if x in names else numbers[int(x)] for x in wanted or names]
-    except (ValueError, IndexError):
-        raise InputError(f"--classes: give numbers below {len(names)} or names of {names[:9]}")
+        return [known[x] for x in wanted or names]
+    except KeyError as error:
+        raise InputError(f"--classes: {error} is not one of {', '.join(list(known)[:20])}...")
 
 
 def draw_noise(flow, indices, seed):
@@ -86,7 +92,8 @@ def parse(argv):
     add("--ckpt", type=Path, help="checkpoint; None: that of the newest run")
     add("--data", help="data directory, if it has moved")
     add("--num-samples", type=int, default=256, help="images to make")
-    add("--classes", nargs="+", metavar="CLASS", help="numbers or names; None: all")
+    add("--classes", nargs="+", metavar="CLASS",
+        help="names or, if no name is a number, numbers; None: all")
     add("--tau", type=float, help="temperature; None: 0.9 (dfm: 1)")
     add("--cfg-scale", type=float, default=1.0, help="guidance scale; 1: off")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), default=[0, 1],
@@ -103,6 +110,8 @@ def parse(argv):
         parser.error("--steps and --tau: give positive numbers")
     if not math.isfinite(args.cfg_scale):
         parser.error("--cfg-scale: give a finite number")
+    if args.out.name in ("", ".."):
+        parser.error(f"--out {args.out}: give a folder's name")
     return args
 
 
@@ -124,6 +133,8 @@ def main(argv=None):
     args = parse(argv)
     rank, world, device = setup_process()
     run = load_run(args.ckpt, args.data, device)
+    if rank == 0:
+        print(f"checkpoint: {run.ckpt}, step {run.step} of {run.args.steps}")
     check(args, run)
     meta = run.data.meta
     args.classes = pick_classes(args.classes, meta["classes"])
@@ -136,14 +147,14 @@ def main(argv=None):
     if args.compile:
         compile_blocks(run.flow.model)
 
-    reference = run.data.path / str(meta.get("reference"))
+    reference = run.data.path / meta["reference"]
     record = {
         "ckpt": str(run.ckpt.resolve()),
         "step": run.step,
         "started": run.args.started,
         "data": str(run.data.path),
-        "reference": str(reference) if reference.exists() else None,
-        "features": meta.get("features", "inception")
+        "reference": str(reference) if reference.is_file() else None,
+        "features": meta["features"]
     }
     for name in ("num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"):
         record[name] = getattr(args, name)

@@ -13,6 +13,7 @@ its share of both. So the number of processes changes only rounding, and resumin
 Shapes: B global batch, b images of a process at a time, N images, h w grid of codes.
 """
 import argparse
+import contextlib
 import copy
 import functools
 import json
@@ -40,6 +41,9 @@ from vq import InputError, load_vq, read_checkpoint, save_image, setup_process, 
 
 # ---------- data
 
+# What meta.json holds, and of which type.
+META = dict(tokenizer=str, image_size=int, classes=list, reference=str, features=str)
+
 # A data directory: codes, and those of the mirrored images, uint16 [N,h,w] on the disk; labels [N],
 # -1 where the image could not be read; and the indices of the others.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
@@ -52,12 +56,15 @@ def open_data(path, device):
         raise InputError(f"--data {path}: not a data directory; to make one from images: "
                          f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
     try:
-        meta = json.loads((path / "meta.json").read_text())
+        meta = {"reference": "", "features": "inception"}
+        meta |= json.loads((path / "meta.json").read_text())
+        for key, kind in META.items():
+            if not isinstance(meta.get(key), kind):
+                raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
         codes = np.load(path / "codes.npy", mmap_mode="r")
         mirrored = path / "codes_flip.npy"
         flipped = np.load(mirrored, mmap_mode="r") if mirrored.exists() else codes
         labels = np.load(path / "labels.npy")
-        tokenizer = path / meta["tokenizer"]
         side = codes.shape[1]
         if not codes.shape == flipped.shape == (len(labels), side, side):
             raise ValueError("codes and labels are of different sizes")
@@ -66,8 +73,11 @@ def open_data(path, device):
         if labels.max() not in range(len(meta["classes"])):  # -1: an unreadable image
             raise ValueError("no image is readable, or a label has no class")
     except Exception as error:
-        raise InputError(f"--data {path}: unusable; encode the images again", error)
-    vq = load_vq(tokenizer, device)
+        raise InputError(f"--data {path}: unusable; mend it or encode the images again", error)
+    vq = load_vq(path / meta["tokenizer"], device)
+    if meta.setdefault("tokenizer_sha256", vq.sha256) != vq.sha256:
+        raise InputError(f"{path}/meta.json: its tokenizer, {meta['tokenizer']}, did not make the "
+                         "codes; give the path of the one that did")
     top = codes.max()
     if flipped is not codes:
         top = max(top, flipped.max())
@@ -161,13 +171,12 @@ def update_ema(ema, model, decay):
 
 # ---------- runs and checkpoints
 
-def find_run(name=None):
-    """Return the folder runs/NAME; without a name, that of the newest checkpoint."""
-    files = Path("runs", name).glob("*") if name else Path("runs").glob("*/ckpt.pt")
-    newest = max(files, key=os.path.getmtime, default=None)
-    if not newest:
-        raise InputError(f"runs/{name or '*/ckpt.pt'}: not found; train first")
-    return newest.parent
+def newest(folder, *patterns):
+    """Return the newest file whose name fits a pattern, in a folder or, with **/, below it."""
+    files = [file for pattern in patterns for file in Path(folder).glob(pattern)]
+    if not files:
+        raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
+    return max(files, key=os.path.getmtime)
 
 
 def new_run(name=None):
@@ -177,19 +186,48 @@ def new_run(name=None):
         i += 1
     run = Path("runs", name or f"{i:03d}")
     try:
+        with contextlib.suppress(OSError):
+            run.rmdir()  # empty: a process was killed at its start
         run.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"--name {run.name}: give --resume or another name", error)
     return run
 
 
+def bind(args, data, run):
+    """Note the classes and the tokenizer of the data in args, or refuse others than those noted."""
+    for name in ("classes", "tokenizer_sha256"):
+        value = data.meta[name]
+        if vars(args).setdefault(name, value) != value:
+            raise InputError(f"--data {data.path}: its {name} are not those of {run}; give its own")
+
+
+def agree(**read):
+    """Refuse to go on if the processes, perhaps on several machines, read different things."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, read)
+    for name in read.keys() - {"started"}:  # by each one's clock
+        found = [other.get(name) for other in everyone]
+        if found != [read[name]] * len(found):
+            raise InputError(f"{name}: differs between processes, {found}; start them again")
+
+
 def load_checkpoint(path, **targets):
     """Load modules and optimizers by their names in the file. Return its args and step."""
-    ckpt = read_checkpoint(path)
     try:
+        if path.suffix == ".json":  # the flags alone
+            ckpt = {"args": json.loads(path.read_text()), "step": 0}
+        else:
+            ckpt = read_checkpoint(path)
         for name, target in targets.items():
             target.load_state_dict(ckpt[name])
-        return dict(ckpt["args"]), int(ckpt["step"])
+        settings = dict(ckpt["args"])
+        SIZES[settings["model"]], OBJECTIVES[settings["objective"]]
+        for name, default in vars(flags().parse_args([])).items():
+            value = settings.get(name, default)
+            if default is not None and type(default)(value) != value:
+                raise ValueError(f"{name} is {value!r}")
+        return settings, int(ckpt["step"])
     except Exception as error:
         raise InputError(f"{path}: does not fit these flags and data; use its own", error)
 
@@ -208,10 +246,11 @@ Run = namedtuple("Run", "ckpt flow vq data args step")
 
 def load_run(ckpt=None, data=None, device="cpu"):
     """Load the averaged weights of ckpt, or the newest; data: its directory, if moved."""
-    ckpt = Path(ckpt or find_run() / "ckpt.pt")
+    ckpt = Path(ckpt or newest("runs", "**/ckpt*.pt"))
     settings, _ = load_checkpoint(ckpt)
     args = flags().parse_args([], argparse.Namespace(**settings))  # newer flags: defaults
     data, vq = open_data(data or args.data, device)
+    bind(args, data, ckpt)
     with torch.device("meta"):  # the checkpoint has the weights
         flow = build(args, data, vq.codebook).eval().requires_grad_(False)
     flow.model.to_empty(device=device)
@@ -249,8 +288,27 @@ def backward(ddp, codes, y, noise, args):
     return losses
 
 
-def train(args, data, vq, run, rank, world, device):
-    """Train, from the checkpoint in the folder `run` if it has one. Return the steps done."""
+@contextlib.contextmanager
+def catch_signals():
+    """Yield a list that Ctrl-C, a closed terminal, and requests to stop add to."""
+    caught = []
+    handlers = {}
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows lacks two
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets
+            handlers[number] = signal.signal(number, lambda *_: caught.append(True))
+    try:
+        yield caught
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def train(args, data, vq, run, stop, rank, world, device):
+    """Train, from the newest checkpoint in the folder `run` if it has one. Return the steps done.
+
+    It ends early, after a step, once the list `stop` is not empty.
+    """
     torch.manual_seed(args.seed)
     flow = build(args, data, vq.codebook).to(device)
     if args.geometric_head and not isinstance(flow, CFM):
@@ -258,18 +316,22 @@ def train(args, data, vq, run, rank, world, device):
     ema = copy.deepcopy(flow).requires_grad_(False)
     opt = make_optimizer(flow, args.lr)
     start = 0
-    if run and (run / "ckpt.pt").exists():
-        _, start = load_checkpoint(run / "ckpt.pt", model=flow.model, ema=ema.model, opt=opt)
+    ckpt = "none"
+    if run and any(run.glob("ckpt*.pt")):
+        ckpt = newest(run, "ckpt*.pt")
+        _, start = load_checkpoint(ckpt, model=flow.model, ema=ema.model, opt=opt)
+        for state in opt.state.values():  # let go of the file
+            state.update({name: x.clone() for name, x in state.items()})
+    if world > 1:
+        agree(checkpoint=str(ckpt), step=start, images=len(data.codes), **vars(args))
+    if rank == 0:
+        print(f"checkpoint: {ckpt}, step {start} of {args.steps}")
     if args.compile:
         compile_blocks(flow.model)
     ddp = flow
     if world > 1:
         ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True, broadcast_buffers=False)
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps")
-
-    stop = []  # Ctrl-C and SIGTERM fill it
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: stop.append(True))
     B = args.global_batch_size
     part = slice(rank * B // world, (rank + 1) * B // world)  # this process's share of a batch
     done = start
@@ -335,8 +397,7 @@ def due(every, done, args):
 def flags():
     parser = argparse.ArgumentParser(
         description="Train on codes. The defaults are the paper's; (*) goes beyond it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter, fromfile_prefix_chars="@")
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     cats = Path(__file__).with_name("demo") / "cats"
     switch = argparse.BooleanOptionalAction
     add = parser.add_argument
@@ -374,20 +435,21 @@ def parse(argv=None):
     parser = flags()
     words = sys.argv[1:] if argv is None else list(argv)
     first, _ = parser.parse_known_args(words)
-    recipe = Path(first.data, "recipe.txt")
-    run = find_run(first.name) if first.resume else None
     parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"), recipe="")
-    try:
-        if run and (run / "ckpt.pt").exists():
-            parser.set_defaults(**load_checkpoint(run / "ckpt.pt")[0])
-        elif run:  # stopped before its first checkpoint
-            parser.set_defaults(**json.loads((run / "args.json").read_text()))
-        elif recipe.exists():
-            words = [f"@{recipe}", *words]
-            parser.set_defaults(recipe=" ".join(recipe.read_text().split()))
-        return parser.parse_args(words), run
-    except (OSError, ValueError) as error:
-        raise InputError(f"{run or recipe}: unreadable settings; repair or remove it", error)
+    if first.resume:
+        below = "" if first.name else "**/"
+        last = newest(f"runs/{first.name or ''}", f"{below}args.json", f"{below}ckpt*.pt")
+        parser.set_defaults(**load_checkpoint(last)[0])
+        return parser.parse_args(words), last.parent
+    recipe = Path(first.data, "recipe.txt")
+    if recipe.exists():
+        try:
+            more = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{recipe}: unreadable; mend or remove it", error)
+        parser.set_defaults(recipe=" ".join(more))
+        words = more + words
+    return parser.parse_args(words), None
 
 
 def main(argv=None):
@@ -396,6 +458,7 @@ def main(argv=None):
     if args.global_batch_size % (world * args.accumulate):
         raise InputError(f"--global-batch-size: give a multiple of {world} * {args.accumulate}")
     data, vq = open_data(args.data, device)
+    bind(args, data, run)
     args.data = str(data.path)
     if args.bf16 is None:
         args.bf16 = bf16_is_fast(device)
@@ -403,16 +466,21 @@ def main(argv=None):
         gpu = device if device.type == "cuda" else None
         pause = timedelta(minutes=15)  # process 0 may be saving or sampling
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=pause)
+    name = args.name
+    del args.name, args.resume  # the others are the run's
     if rank == 0:
         print("recipe.txt:", args.recipe or "none")
-        run = run or new_run(args.name)
-        del args.name, args.resume
+        run = run or new_run(name)
         with write_whole(run / "args.json") as file:
             file.write(json.dumps(vars(args), indent=1).encode())
-    done = train(args, data, vq, run, rank, world, device)
+    with catch_signals() as stop:
+        done = train(args, data, vq, run, stop, rank, world, device)
     if rank == 0:
-        advice = "sample.py" if done >= args.steps else f"train.py --name {run.name} --resume"
-        print(f"{run}/ckpt.pt: {done} of {args.steps} steps; next: python {advice}")
+        ckpt = run / "ckpt.pt"
+        advice = f"sample.py --ckpt {shlex.quote(str(ckpt))}"
+        if done < args.steps:
+            advice = f"train.py --name {shlex.quote(str(run.relative_to('runs')))} --resume"
+        print(f"{ckpt}: {done} of {args.steps} steps; next: python {advice}")
     if world > 1:
         dist.barrier()  # NCCL's groups must end together
         dist.destroy_process_group()

@@ -20,6 +20,8 @@ import json
 import math
 import os
 import re
+import secrets
+import sys
 import time
 import zipfile
 from collections import OrderedDict
@@ -257,7 +259,8 @@ def config_of(state):
 def load_vq(path, device="cpu"):
     """Load a frozen VQ, in eval mode and float32. Raises InputError for other or damaged files.
 
-    path: vq-f8's or LlamaGen's file, or {"config": arguments of VQ, "state_dict": tensors}.
+    path: vq-f8's or LlamaGen's file, or {"config": arguments of VQ, "state_dict": tensors}. The
+    attribute sha256 identifies it.
     """
     file = read_checkpoint(path)
     try:
@@ -268,13 +271,14 @@ def load_vq(path, device="cpu"):
             extra = "loss.", "model_ema."
             state = {k: x for k, x in file["state_dict"].items() if not k.startswith(extra)}
             config = config_of(state)
-        else:
-            state = from_llamagen(file["model"])
+        else:  # LlamaGen, which samples with the averaged weights
+            state = from_llamagen(file["ema"] if "ema" in file else file["model"])
             config = config_of(state) | {"l2_norm": True}
         with torch.device("meta"):
             vq = VQ(**config)
         state = {key: x.to(torch.float32, copy=True) for key, x in state.items()}
         vq.load_state_dict(state, assign=True)
+        vq.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except Exception as error:
         raise InputError(f"{path}: not a tokenizer; use vq-f8 or vq_ds8_c2i", error)
     vq = vq.eval().requires_grad_(False).to(device)
@@ -291,18 +295,24 @@ EMPTY = 2 ** 16 - 1
 
 
 def list_images(root):
-    """List a folder of class folders, or of one class: sorted paths, labels, class names."""
+    """List a folder of class folders, or of one class: sorted paths, labels, class names.
+
+    A class needs a readable picture.
+    """
     paths = find_images(root)
     flat = [path for path in paths if path.parent == root]
-    if not paths or 0 < len(flat) < len(paths):
-        wrong = flat[0] if flat else root
-        raise InputError(f"{wrong}: give a folder of images, or of class folders")
-    if flat:
-        names = [root.resolve().name] * len(paths)
-    else:
-        names = [path.relative_to(root).parts[0] for path in paths]
-    classes, labels = np.unique(names, return_inverse=True)
-    return paths, labels, classes.tolist()
+    if 0 < len(flat) < len(paths):
+        raise InputError(f"{flat[0]}: is beside class folders; move it into one")
+    groups = {}
+    for path in paths:
+        name = root.resolve().name if flat else path.relative_to(root).parts[0]
+        groups.setdefault(name, []).append(path)
+    classes = [name for name, group in sorted(groups.items()) if any(map(is_readable, group))]
+    if not classes:
+        raise InputError(f"{root}: holds no readable image; give a folder of class folders")
+    paths = [path for name in classes for path in groups[name]]
+    labels = np.repeat(range(len(classes)), [len(groups[name]) for name in classes])
+    return paths, labels, classes
 
 
 def open_arrays(args, labels, side, rank):
@@ -322,13 +332,17 @@ def open_arrays(args, labels, side, rank):
 def encode_folder(args, vq, rank, world, device):
     """Encode this process's share of the rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
-    names = repr([path.relative_to(args.images) for path in paths])
+    files = [(str(path.relative_to(args.images)), path.stat().st_size, path.stat().st_mtime)
+             for path in paths]
     meta = dict(
         tokenizer=str(args.vq.resolve()),
-        tokenizer_sha256=hashlib.sha256(args.vq.read_bytes()).hexdigest(),
+        tokenizer_sha256=vq.sha256,
         image_size=args.size, classes=classes, flip=args.flip,
-        files=hashlib.sha256(names.encode()).hexdigest(),
+        files=hashlib.sha256(repr(files).encode()).hexdigest(),
         reference="reference.npz", features="inception")
+    if rank == 0:
+        counts = dict(zip(classes, np.bincount(labels).tolist()))
+        print(f"{len(paths)} images:", str(counts)[:500])
     claim_folder(args.out, args.out / "meta.json", meta, rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
@@ -354,8 +368,6 @@ def encode_folder(args, vq, rank, world, device):
     if rank == 0:
         wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
         bad = (labels < 0).sum()
-        if bad == len(labels):
-            raise InputError(f"{args.images}: no picture is readable")
         print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} left out")
         print(f"next: python train.py --data {args.out}")
 
@@ -403,6 +415,7 @@ def main():
 # ---------- pictures (skip on first reading)
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
+HIDDEN = ".", "__MACOSX"
 FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # for some others, Pillow runs programs
 
 
@@ -420,13 +433,26 @@ def to_pixels(x):
 
 
 def find_images(folder):
-    """List the pictures in a folder and those in it."""
-    return sorted(Path(place, name) for place, _, names in os.walk(folder, followlinks=True)
-                  for name in names if name.lower().endswith(SUFFIXES))
+    """List the pictures in a folder and those in it, each once, without what is hidden."""
+    def fail(error):
+        raise InputError(f"{error.filename}: unreadable folder", error)
+
+    found = []
+    seen = set()
+    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to where we were
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
+        found += [Path(place, name) for name in names
+                  if name.lower().endswith(SUFFIXES) and not name.startswith(HIDDEN)]
+    return sorted(found)
 
 
 def read_image(path):
-    """Read a picture as an upright RGB Image."""
+    """Read a picture as an upright RGB Image, on white where it is transparent."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.load()
@@ -434,13 +460,25 @@ def read_image(path):
                 image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):  # 16 bits, which convert() would clip
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
             return image.convert("RGB")
     except Exception as error:
-        raise InputError(f"{path}: unreadable; repair or remove it", error)
+        raise InputError(f"{path}: not a readable picture", error)
+
+
+def is_readable(path):
+    with contextlib.suppress(InputError):
+        return bool(read_image(path))
 
 
 def crop(image, size):
     """Scale an Image and crop its centre as ADM does: uint8 [size,size,3]."""
+    spare = [max(0, x - 8 * min(image.size)) // 2 for x in image.size]
+    if any(spare):  # thin: its middle is enough, and all of it could be huge
+        image = ImageOps.crop(image, tuple(spare))
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
@@ -481,7 +519,7 @@ class InputError(SystemExit):
 def write_whole(path):
     """Open a file that becomes `path` once complete."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # ours alone
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
@@ -509,33 +547,46 @@ def read_ahead(read, items, n):
             last = batch, found
 
 
-def wait_for(ready):
-    """Wait for another process; if it fails, torchrun ends this one."""
-    while not ready():
+def wait_for(ready, limit=math.inf):
+    """Wait for another process, for at most `limit` seconds. Should it fail, torchrun ends all."""
+    end = time.monotonic() + limit
+    while not ready() and time.monotonic() < end:
         time.sleep(0.2)
+
+
+def difference(note, record):
+    """Say in what the file `note` differs from a record, or return None."""
+    try:
+        old = json.loads(note.read_text())
+        for key in sorted({*old, *record} - {"num_samples", "tokenizer"}):  # its sha256 counts
+            if old.get(key) != record.get(key):
+                return f"{key} is {old.get(key)} in {note}, here {record.get(key)}"
+    except Exception:  # no file, or another's
+        return f"{note} does not describe them"
 
 
 def claim_folder(folder, note, record, rank):
     """Write record to the file `note`, or refuse a folder that another record made."""
-    free = {"num_samples": 0}  # it may differ
-
-    def ours():
-        with contextlib.suppress(Exception):  # no file, or another's
-            return json.loads(note.read_text()) | free == record | free
-
-    if rank == 0:
-        if any(folder.glob("[!.]*")) and not ours():
-            raise InputError(f"--out {folder}: holds other files, see {note}; give another")
+    if rank == 0 and not (any(folder.glob("[!.]*")) and difference(note, record)):
         with write_whole(note) as file:
             file.write(json.dumps(record, indent=1).encode())
-    wait_for(ours)  # different checkpoints never mix
+    wait_for(lambda: not difference(note, record), 300 if rank else 0)
+    other = difference(note, record)
+    if other:  # different checkpoints never mix
+        raise InputError(f"--out {folder}: has other files; {other}; give another folder")
 
 
 def setup_process():
-    """Return rank, world size and device, as torchrun sets them."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    """Return rank, world size and device, as torchrun sets them. Make any text printable."""
+    with contextlib.suppress(AttributeError):  # a notebook's output can print all
+        sys.stdout.reconfigure(errors="backslashreplace")
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
+    given = [os.environ.get(name) for name in names]
+    rank, local, world = 0, 0, 1
+    if any(given[:3]):
+        if not all(given):
+            raise InputError(f"{', '.join(names)}: only some are set; use torchrun, or unset them")
+        rank, local, world = map(int, given[:3])
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32
     gpus = torch.cuda.device_count()
     if gpus == 0:

@@ -204,7 +204,7 @@ def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run, flags, capsys):
     run("half", "--steps", 7, "--log-every", 4, *flags)
     main("--resume", "--steps", 14)
     main("--resume")  # a finished run changes no more
-    assert "runs/half/ckpt.pt: 14 of 14 steps; next: python sample.py" in capsys.readouterr().out
+    assert "runs/half/ckpt.pt: 14 of 14 steps; next: python sample.py --ckpt runs/half/ckpt.pt" in capsys.readouterr().out
     half, log = read("half")
     whole, whole_log = run("whole", "--steps", 14, "--log-every", 4, *flags)
     assert_same_training(half, whole)
@@ -238,7 +238,8 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch
 def test_resuming_takes_the_newest_run_and_its_flags_unless_told_others(run, tiny_data):
     run("a", "--steps", 1, "--weight-decay", 0.5)
     run("b", "--steps", 1)
-    os.utime("runs/b/ckpt.pt", (0, 0))
+    for name in ("args.json", "ckpt.pt"):
+        os.utime(f"runs/b/{name}", (0, 0))
     (tiny_data / "recipe.txt").write_text("--weight-decay 0.125")  # it is too late for this
     main("--resume", "--steps", 2, "--lr", 0.25)
     ckpt, log = read("a")
@@ -339,7 +340,7 @@ def test_an_unusable_data_directory_is_named(run, tiny_data, name, array):
 @pytest.mark.parametrize("flags, recipe, message", [
     ("--data photos", "", "python vq.py .*photos --vq TOKENIZER --out"),
     ("--accumulate 3", "", "--global-batch-size"),
-    ("--resume", "", "runs/a: not found"),
+    ("--resume", "", "runs/a/.*: not found"),
     ("--steps 2.5", "", "--steps: "),
     ("", "--name it's", "recipe.txt: unreadable"),
     ("", "--objective diffusion", "--objective")])

@@ -291,8 +291,8 @@ def test_the_crop_is_adms_step_by_step(size, tmp_path):
 
 
 @pytest.mark.parametrize("mode, colour, suffix, expected", [
-    ("L", 99, "jpg", (99, 99, 99)), ("LA", (50, 9), "png", (50, 50, 50)), ("1", 1, "png", WHITE),
-    ("CMYK", (0, 255, 255, 0), "jpg", RED), ("RGBA", (10, 20, 30, 0), "webp", (10, 20, 30)),
+    ("L", 99, "jpg", (99, 99, 99)), ("LA", (55, 51), "png", (215,) * 3), ("1", 1, "png", WHITE),
+    ("CMYK", (0, 255, 255, 0), "jpg", RED), ("RGBA", (10, 20, 30, 0), "webp", WHITE),
     ("RGB", BLUE, "bmp", BLUE), ("P", "red", "png", RED), ("I;16", 40000, "png", (156,) * 3)])
 def test_every_kind_of_picture_becomes_rgb(mode, colour, suffix, expected, tmp_path):
     options = {"lossless": True, "exact": True} if suffix == "webp" else {}
@@ -436,8 +436,8 @@ def test_a_process_waits_for_the_first_and_encodes_the_rows_of_its_number(
         codes[:] = vq.EMPTY
     steps = iter(["meta.json", "codes.npy", "codes_flip.npy", "labels.npy"])
     monkeypatch.setattr(time, "sleep", lambda _: shutil.copy(begun / next(steps), tmp_path / "out"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "1")
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     run(images, "--flip")
     for codes in arrays(tmp_path / "out")[:2]:
         assert (codes == vq.EMPTY).all((1, 2)).tolist() == [True, False] * 4
@@ -512,9 +512,12 @@ def test_a_process_has_torchruns_number_a_gpu_of_its_own_and_exact_products(monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     assert vq.setup_process() == (0, 1, torch.device("cuda", 0))
-    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
     monkeypatch.setattr(vq, "os", types.SimpleNamespace(environ=env))
     assert vq.setup_process() == (5, 8, torch.device("cuda", 1)) and used == [0, 1]
     env["LOCAL_RANK"] = "2"
     with pytest.raises(vq.InputError, match="--nproc_per_node"):
+        vq.setup_process()
+    del env["RANK"]
+    with pytest.raises(vq.InputError, match="RANK, .*torchrun"):
         vq.setup_process()
