@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vq import InputError, crop, find_images, read_ahead, read_image, write_whole
+from vq import (InputError, crop, find_images, read_ahead, read_image, setup_process,
+                write_whole)
 
 URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
@@ -275,7 +276,7 @@ def read_folder(paths, args):
         yield np.stack(images)
 
 
-def measure(path, features, args):
+def measure(path, features, args, device):
     """Return mu, sigma and N (0 if unknown) of a folder or an .npz."""
     images = find_images(path) if path.is_dir() else read_npz(path, features)
     if isinstance(images, tuple):  # read_npz() found statistics
@@ -286,7 +287,6 @@ def measure(path, features, args):
         batches = read_folder(images, args)
     else:
         batches = (images[i:i + BATCH] for i in range(0, len(images), BATCH))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     net = network(features, args.weights, device)
     rows = []
     with tqdm(total=len(images), desc=str(path), unit=" images", disable=None) as bar:
@@ -317,6 +317,7 @@ def main(argv=None):
     add("--size", type=int, help="crop the images of folders, as vq.py does")
     add("--save-stats", type=Path, metavar="FILE", help="write the statistics, for --ref")
     args = parser.parse_args(argv)
+    _, _, device = setup_process()
     record = recorded(args.samples)
     features = record.get("features", "inception")
     reference = args.ref or record.get("reference")
@@ -325,8 +326,8 @@ def main(argv=None):
     if args.samples.is_dir() and len(find_images(args.samples)) < record.get("num_samples", 0):
         raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
 
-    theirs = measure(Path(reference), features, args) if reference else None
-    ours = measure(args.samples, features, args)
+    theirs = measure(Path(reference), features, args, device) if reference else None
+    ours = measure(args.samples, features, args, device)
     mu, sigma, n = ours
     if args.save_stats:
         with write_whole(args.save_stats) as file:

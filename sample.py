@@ -159,7 +159,11 @@ def main(argv=None):
     for name in ("num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"):
         record[name] = getattr(args, name)
     record |= beyond(args)
-    claim_folder(args.out, Path(f"{args.out}.json"), record, rank)
+    note = Path(f"{args.out}.json")
+    if rank == 0 and note.exists() and not any(args.out.glob("[!.]*")):
+        for kind in ("png", "npz"):  # of images that are gone
+            Path(f"{args.out}.{kind}").unlink(missing_ok=True)
+    claim_folder(args.out, note, record, rank)
     paths = fill_folder(run, args, rank, world)
     if rank == 0:
         wait_for(lambda: all(path.exists() for path in paths))

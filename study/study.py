@@ -27,7 +27,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -74,8 +73,6 @@ def train_run(task):
     with open(os.devnull, "w") as quiet:
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             train.main(words)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # train.py only notes signals
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if not run.checkpoint(steps).exists():      # a signal stopped it
         os._exit(1)                             # SystemExit would leave a worker to its next task
     for step in range(every, steps + 1, every):

@@ -260,6 +260,26 @@ def test_images_are_found_in_all_folders_below_and_cropped_if_asked_for(run):
     assert run("sizes", "--ref", "b", "--size", 24)[0] != value
 
 
+def test_pictures_are_read_as_vq_py_reads_them(run):
+    """The same ramp in 8 and 16 bits, with a hidden colour and on white, upright and turned."""
+    ramp = np.arange(120, dtype=np.uint8).reshape(10, 12)
+    alpha = np.dstack([ramp, np.where(ramp < 60, 0, 255).astype(np.uint8)])
+    exif = Image.Exif()
+    exif[274] = 3
+    kinds = {
+        "plain": Image.fromarray(ramp), "deep": Image.fromarray(ramp.astype(np.uint16) * 257),
+        "turned": Image.fromarray(ramp[::-1, ::-1].copy()),
+        "white": Image.fromarray(np.where(ramp < 60, 255, ramp).astype(np.uint8)),
+        "clear": Image.fromarray(alpha)}
+    for name, image in kinds.items():
+        Path(name).mkdir()
+        for i in range(3):
+            image.save(f"{name}/{i}.png", exif=exif if name == "turned" else None)
+    for same, other in (("plain", "deep"), ("plain", "turned"), ("white", "clear")):
+        assert run(same, "--ref", other)[0] < 1e-6
+    assert run("plain", "--ref", "white")[0] > 1
+
+
 def test_statistics_are_taken_for_their_features_alone(run):
     fid.main(["b", "--save-stats", "b.npz"])
     record("a", "untrained", reference="b.npz")

@@ -2,7 +2,9 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -58,11 +60,22 @@ def test_a_command_that_a_full_disk_ended_goes_on(trained, monkeypatch, number):
 def test_images_of_other_settings_are_not_mixed(trained):
     make("a", "--tau", 0.9)
     before = record("a")
-    for out, flags in (("a", ("--tau", 0.5)), ("a", ("--order", 2)), ("runs", ())):
-        with pytest.raises(InputError, match=f"--out {out}"):
+    for out, flags, reason in (
+            ("a", ("--tau", 0.5), "tau is 0.9 in a.json, here 0.5"),
+            ("a", ("--order", 2), r"interval is None in a.json, here \[0, 1\]"),
+            ("runs", (), "runs.json does not describe them")):
+        with pytest.raises(InputError, match=f"--out {out}: .*{reason}"):
             make(out, *flags)
+    with pytest.raises(SystemExit):
+        make(".")
     assert record("a") == before and not Path("runs.json").exists()
     shutil.rmtree("a")  # without its images, a record does not stand in the way
+    for name in ("a.npz", "a.png"):  # nor do they outlive them
+        Path(name).write_text("of the old images")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample, "fill_folder", Mock(side_effect=KeyboardInterrupt))
+        make("a", "--tau", 0.5)
+    assert not Path("a.npz").exists() and not Path("a.png").exists()
     assert (make("a", "--tau", 0.5) == make("c", "--tau", 0.5)).all()
 
 
@@ -93,6 +106,21 @@ def test_classes_are_taken_in_turn_by_name_or_number(trained):
     for wrong in ("blue", "3"):
         with pytest.raises(InputError, match="--classes"):
             sample.pick_classes([wrong], names)
+    months = sorted(map(str, range(1, 13)))
+    assert sample.pick_classes(["1", "2", "10"], months) == [0, 4, 1]  # names, not numbers
+    with pytest.raises(InputError, match="--classes: '0'"):
+        sample.pick_classes(["0", "1"], months)
+
+
+def test_a_process_does_not_wait_for_ever_for_one_that_samples_another_step(
+        trained, monkeypatch):
+    make("a")
+    for name, value in dict(RANK=1, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="here").items():
+        monkeypatch.setenv(name, str(value))
+    Path("a.json").write_text(json.dumps(record("a") | {"step": 48}))
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 10**6, 100)).__next__)
+    with pytest.raises(InputError, match="--out a: .*step is 48 in a.json, here 24"):
+        make("a")
 
 
 @pytest.mark.parametrize("training, flags, refused", [

@@ -1,5 +1,6 @@
 """train.py: a run depends on its flags alone, nothing of it gets lost, and wrong input is named."""
 import argparse
+import codecs
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_flatten
 
 import sample
 import train
+import vq
 from vq import InputError, sheet
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,7 +206,9 @@ def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run, flags, capsys):
     run("half", "--steps", 7, "--log-every", 4, *flags)
     main("--resume", "--steps", 14)
     main("--resume")  # a finished run changes no more
-    assert "runs/half/ckpt.pt: 14 of 14 steps; next: python sample.py --ckpt runs/half/ckpt.pt" in capsys.readouterr().out
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == ("runs/half/ckpt.pt: 14 of 14 steps; next: python sample.py "
+                    "--ckpt runs/half/ckpt.pt")
     half, log = read("half")
     whole, whole_log = run("whole", "--steps", 14, "--log-every", 4, *flags)
     assert_same_training(half, whole)
@@ -224,15 +228,102 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_flags(run, monkeypat
     assert_same_training(read("a")[0], whole)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, capsys, number):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(run, monkeypatch, capsys, name):
     """It comes after step 1, whose losses are already summed up: step 2 is the last."""
+    number = getattr(signal, name)
+    before = signal.getsignal(number)
+    interrupt = Mock(side_effect=lambda *_: signal.raise_signal(number))
     with monkeypatch.context() as patch:
-        interrupt = Mock(side_effect=lambda *_: signal.raise_signal(number))
         patch.setattr(train, "update_ema", interrupt)
-        ckpt, log = run("a", "--steps", 4)
-    assert ckpt["step"] == len(log) == 2
-    assert "2 of 4 steps; next: python train.py --name a --resume" in capsys.readouterr().out
+        ckpt, log = run("it's/a", "--steps", 4)
+    assert ckpt["step"] == len(log) == 2 and signal.getsignal(number) == before
+    out = capsys.readouterr().out
+    assert "2 of 4 steps; next: python train.py --name 'it'\"'\"'s/a' --resume" in out
+    monkeypatch.setattr(train, "update_ema", interrupt)
+    signal.signal(number, signal.SIG_IGN)  # as nohup does
+    try:
+        assert run("b", "--steps", 4)[0]["step"] == 4
+    finally:
+        signal.signal(number, before)
+
+
+def test_the_newest_checkpoint_of_any_name_goes_on_or_is_sampled_and_is_named(run, capsys):
+    whole, _ = run("exp/one", "--steps", 4, "--keep-every", 2)
+    folder = Path("runs/exp/one")
+    for file in (folder / "ckpt.pt", folder / "ckpt-0000004.pt"):
+        file.unlink()
+    with open(folder / "log.jsonl", "ab") as file:
+        file.write(b'\n\0\0\n{"step": 3')  # the log is no gate
+    (folder / "log.jsonl").rename("damaged")
+    capsys.readouterr()
+    sample.main(["--num-samples", "2", "--steps", "1"])
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == "checkpoint: runs/exp/one/ckpt-0000002.pt, step 2 of 4"
+    Path("damaged").rename(folder / "log.jsonl")
+    main("--resume")
+    assert "runs/exp/one/ckpt-0000002.pt, step 2 of 4" in capsys.readouterr().out
+    again = torch.load(folder / "ckpt.pt", weights_only=True)
+    assert_same_training(again, whole)
+
+
+def test_a_checkpoint_is_let_go_once_it_is_loaded(run):
+    """What is written into its file afterwards changes nothing."""
+    def overwrite(*arguments):
+        update(*arguments)
+        path = Path("runs/a/ckpt-0000002.pt")
+        path.write_bytes(bytes(path.stat().st_size))  # in place
+
+    update = train.update_ema
+    whole, _ = run("a", "--steps", 4, "--keep-every", 2)
+    Path("runs/a/ckpt.pt").unlink()
+    Path("runs/a/ckpt-0000004.pt").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update_ema", overwrite)
+        main("--resume", "--name", "a", "--keep-every", 0)
+    assert_same_training(read("a")[0], whole)
+
+
+def test_codes_tokenizer_and_checkpoint_belong_together(run, tiny_data, tiny_vq):
+    run("a", "--steps", 2)
+    resume = "--name", "a", "--resume", "--steps", 3
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    sha = vq.load_vq(tiny_vq).sha256
+    file = torch.load(tiny_vq)
+    file["state_dict"]["quant_conv.bias"] += 1
+    torch.save(file, tiny_vq.with_name("other.pt"))
+
+    def say(**changes):
+        (tiny_data / "meta.json").write_text(json.dumps(meta | changes))
+
+    say(tokenizer=str(tiny_vq.with_name("other.pt")), tokenizer_sha256=sha)
+    for call in (lambda: main(*resume), lambda: sample.main([])):  # of the same shape, not the same
+        with pytest.raises(InputError, match="meta.json: its tokenizer, .*other.pt, did not"):
+            call()
+    say(tokenizer=str(tiny_vq.with_name("other.pt")))  # codes of another tokenizer
+    for call in (lambda: main(*resume), lambda: sample.main([])):
+        with pytest.raises(InputError, match=f"{tiny_data}: its tokenizer_sha256 .*runs/a"):
+            call()
+    say(classes=["black", "ginger tabby", "white"])
+    for call in (lambda: main(*resume), lambda: sample.main([])):
+        with pytest.raises(InputError, match=f"{tiny_data}: its classes .*runs/a"):
+            call()
+    moved = tiny_data.rename(tiny_data.with_name("moved"))
+    tiny_vq.rename(moved / "tokenizer.pt")
+    (moved / "meta.json").write_text(json.dumps(meta | {"tokenizer": "tokenizer.pt"}))
+    main(*resume, "--data", moved)
+    assert read("a")[0]["step"] == 3
+
+
+def test_processes_that_read_different_things_do_not_train_together(monkeypatch):
+    def gather(everyone, mine):
+        everyone[:] = mine, mine | {"step": 8, "started": "later"}
+
+    monkeypatch.setattr(train.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(train.dist, "all_gather_object", gather)
+    train.agree(step=8, started="earlier", lr=0.1)
+    with pytest.raises(InputError, match=r"step: .*\[4, 8\]"):
+        train.agree(step=4, started="earlier", lr=0.1)
 
 
 def test_resuming_takes_the_newest_run_and_its_flags_unless_told_others(run, tiny_data):
@@ -312,7 +403,7 @@ def test_a_run_is_not_overwritten(run, tiny_data, tiny_size):
 
 def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tiny_size):
     recipe = f"--lr 0.5\n--model={tiny_size}  # small\n\n--ema-ramp --name 'a b'\n"
-    (tiny_data / "recipe.txt").write_text(recipe)
+    (tiny_data / "recipe.txt").write_bytes(codecs.BOM_UTF8 + recipe.encode())
     args, _ = train.parse(["--data", str(tiny_data), "--lr", "0.25", "--no-ema-ramp"])
     assert (args.lr, args.model, args.ema_ramp, args.name) == (0.25, tiny_size, False, "a b")
     assert args.global_batch_size == 256 and "--lr 0.5" in args.recipe
@@ -325,6 +416,7 @@ def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tin
     ("codes.npy", np.full((40, 4, 4), np.nan)),
     ("codes.npy", np.zeros((40, 0, 0), np.uint16)),
     ("codes_flip.npy", np.zeros((40, 2, 2), np.uint16)),
+    ("codes.npy", np.full((40, 4, 4), 32, np.uint16)),  # there are 32 codes
     ("codes_flip.npy", np.full((40, 4, 4), 65535, np.uint16)),  # its encoding was interrupted
     ("codes.npy", None)])
 def test_an_unusable_data_directory_is_named(run, tiny_data, name, array):
@@ -335,6 +427,29 @@ def test_an_unusable_data_directory_is_named(run, tiny_data, name, array):
     with pytest.raises(InputError, match=f"--data {tiny_data}: .*; ") as error:
         run("a", "--steps", 1)
     assert "\n" not in str(error.value) and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("key, value", [
+    ("reference", 5), ("image_size", None), ("classes", {"black": 0}), ("tokenizer", ["a.pt"])])
+def test_a_wrong_entry_of_meta_json_is_named(run, tiny_data, key, value):
+    meta = json.loads((tiny_data / "meta.json").read_text())
+    (tiny_data / "meta.json").write_text(json.dumps(meta | {key: value}))
+    with pytest.raises(InputError, match=f"{tiny_data}: .*{key} in meta.json"):
+        run("a", "--steps", 1)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model", "DiT-Q/2"), ("objective", "gan"), ("lr", "fast"), ("steps", None), ("warmup", 0.5)])
+def test_a_wrong_setting_of_a_run_is_named(run, key, value):
+    ckpt, _ = run("a", "--steps", 1)
+    args = ckpt["args"] | {key: value}
+    torch.save(ckpt | {"args": args}, "runs/b.pt")
+    with pytest.raises(InputError, match=f"runs/b.pt: .*{value}"):
+        sample.main(["--ckpt", "runs/b.pt"])
+    Path("runs/a/ckpt.pt").unlink()
+    Path("runs/a/args.json").write_text(json.dumps(args))
+    with pytest.raises(InputError, match=f"runs/a/args.json: .*{value}"):
+        main("--name", "a", "--resume")
 
 
 @pytest.mark.parametrize("flags, recipe, message", [

@@ -2,13 +2,16 @@
 import argparse
 import copy
 import json
+import os
 import pickle
 import shutil
+import subprocess
 import sys
 import time
 import types
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -169,7 +172,10 @@ def file_of(layout, config, state, lightning):
                 "hyper_parameters": lightning.AttributeDict(lr=1e-4)}
     state = {llamagen_name(key): x for key, x in state.items()}
     more = {"quantize.codebook_used": torch.zeros(65536)}
-    return {"model": state | more, "steps": 7, "args": argparse.Namespace(lr=1e-4)}
+    file = {"model": state | more, "steps": 7, "args": argparse.Namespace(lr=1e-4)}
+    if layout == "llamagen-ema":  # its trainer's; the averaged weights are what it samples with
+        file |= {"ema": file["model"], "model": {key: x + 1 for key, x in state.items()}}
+    return file
 
 
 def refusal(path):
@@ -181,9 +187,9 @@ def refusal(path):
     return message
 
 
-@pytest.mark.parametrize("layout", ["compvis", "llamagen", "own"])
+@pytest.mark.parametrize("layout", ["compvis", "llamagen", "llamagen-ema", "own"])
 def test_a_file_of_each_layout_gives_its_network(layout, lightning, tmp_path, monkeypatch):
-    config = FOREIGN | {"l2_norm": layout == "llamagen"}
+    config = FOREIGN | {"l2_norm": "llamagen" in layout}
     net = random_vq(**config).to(memory_format=torch.channels_last)  # which rounds differently
     torch.save(file_of(layout, config, net.state_dict(), lightning), tmp_path / "a.pt")
     monkeypatch.delitem(sys.modules, lightning.__name__)
@@ -300,6 +306,32 @@ def test_every_kind_of_picture_becomes_rgb(mode, colour, suffix, expected, tmp_p
     assert np.abs(pixels.astype(int) - expected).max() <= (3 if suffix == "jpg" else 0)
 
 
+def test_transparent_pictures_lie_on_white_and_hide_their_colours(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (40, 40, 4), np.uint8)
+    colours[:20, :, 3] = 0
+    colours[20:, :, 3] = 255
+    pixels = opened(Image.fromarray(colours), tmp_path / "a.png", 40)
+    assert (pixels[:20] == 255).all() and (pixels[20:] == colours[20:, :, :3]).all()
+    palette = Image.fromarray(colours[..., :3]).quantize(8)
+    index = palette.getpixel((3, 5))
+    pixels = opened(palette, tmp_path / "b.png", 40, transparency=index)
+    assert (pixels[np.asarray(palette) == index] == 255).all()
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (3, 5000)])
+def test_a_thin_picture_is_cut_before_it_is_enlarged(size, tmp_path, monkeypatch):
+    resize = Image.Image.resize
+    largest = []
+    monkeypatch.setattr(Image.Image, "resize", lambda image, to, *how: largest.append(
+        to[0] * to[1]) or resize(image, to, *how))
+    ramp = np.arange(size[0] * size[1]) % 256
+    image = Image.fromarray(ramp.reshape(size[::-1]).astype(np.uint8))
+    pixels = opened(image, tmp_path / "a.png", 256)
+    assert max(largest) < 10 * 256 * 256
+    middle = np.asarray(image, float)[size[1] // 2, size[0] // 2]
+    assert abs(pixels[128, 128, 0] - middle) < 20
+
+
 @pytest.mark.parametrize("orientation, stored", list(enumerate([  # for the upright picture RG / BW
     ("RG", "BW"), ("GR", "WB"), ("WB", "GR"), ("BW", "RG"),
     ("RB", "GW"), ("GW", "RB"), ("WG", "BR"), ("BR", "WG")], 1)))
@@ -375,6 +407,35 @@ def run(monkeypatch, tiny_file, tmp_path):
     return run
 
 
+def test_a_walk_takes_each_real_folder_once_and_nothing_hidden(images, monkeypatch):
+    for name in (".ipynb_checkpoints", "__MACOSX/ant", "ant/.cache"):
+        shutil.copytree(images / "cat", images / name)
+    shutil.copy(images / "ant/0.png", images / "ant/.0.png")
+    shutil.copy(images / "ant/0.png", images / "ant/._1.JPG")
+    (images / "ant/again").symlink_to("..")
+    (images / "linked").symlink_to(images / "cat")  # no more a class than a second visit
+    assert vq.find_images(images) == [images / name for name in FILES]
+    elsewhere = images.rename(images.with_name("elsewhere"))
+    images.mkdir()
+    for name in ("bee", "cat"):  # a tree of links
+        (images / name).symlink_to(elsewhere / name)
+    assert vq.find_images(images) == [images / name for name in FILES[3:]]
+    with pytest.raises(vq.InputError, match="gone: unreadable folder"):
+        vq.find_images(images / "gone")
+
+
+def test_a_class_has_a_readable_picture_and_is_counted_before_encoding(
+        run, images, tmp_path, capsys, monkeypatch):
+    for name in FILES[3:6]:
+        (images / name).write_bytes(b"")
+    monkeypatch.setattr(vq.VQ, "encode", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(images)
+    assert capsys.readouterr().out.startswith("5 images: {'ant': 3, 'cat': 2}")
+    assert json.loads((tmp_path / "out/meta.json").read_text())["classes"] == ["ant", "cat"]
+    assert np.load(tmp_path / "out/labels.npy").tolist() == [0, 0, 0, 1, 1]
+
+
 def arrays(folder):
     return [np.load(folder / f"{name}.npy", "r+") for name in ("codes", "codes_flip", "labels")]
 
@@ -445,7 +506,7 @@ def test_a_process_waits_for_the_first_and_encodes_the_rows_of_its_number(
     assert run(images, "--flip") == whole
 
 
-@pytest.mark.parametrize("change", ["flip", "size", "images", "weights", "note"])
+@pytest.mark.parametrize("change", ["flip", "size", "images", "pixels", "weights", "note"])
 def test_a_folder_of_other_settings_or_files_is_refused(change, run, images, tiny_file, tmp_path):
     before = run(images)
     if change == "weights":  # trained anew: the same name
@@ -454,13 +515,45 @@ def test_a_folder_of_other_settings_or_files_is_refused(change, run, images, tin
         torch.save(file, tiny_file)
     if change == "images":
         (images / "cat/0.png").unlink()
+    if change == "pixels":  # others under the same name
+        shutil.copy(images / "cat/d/1.png", images / "cat/0.png")
     if change == "note":
         (tmp_path / "out/meta.json").unlink()
     flags = {"flip": ["--flip"], "size": ["--size", 64]}.get(change, [])
-    with pytest.raises(vq.InputError, match="--out .*meta.json"):
+    key = {"flip": "flip is False in", "size": "size is 32 in .*json, here 64", "weights": "sha256"}
+    with pytest.raises(vq.InputError, match=f"--out .*{key.get(change, 'meta.json')}"):
         run(images, *flags)
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert after.items() <= before.items()
+
+
+def test_a_tokenizer_may_move_between_two_commands(run, images, tiny_file):
+    before = run(images)
+    moved = tiny_file.rename(tiny_file.with_name("moved.pt"))
+    after = run(images, "--vq", moved)
+    assert json.loads(after["meta.json"])["tokenizer"] == str(moved)
+    assert {**before, "meta.json": 0} == {**after, "meta.json": 0}
+
+
+def test_of_two_writers_of_a_file_the_last_whole_one_wins(tmp_path):
+    path = tmp_path / "a"
+    with vq.write_whole(path) as one, vq.write_whole(path) as other:
+        one.write(b"1" * 9)
+        other.write(b"2" * 99)
+    assert path.read_bytes() == b"1" * 9 and list(tmp_path.iterdir()) == [path]
+
+
+def test_any_name_can_be_printed_on_any_terminal(images, tiny_file, tmp_path):
+    """A file name that is not UTF-8, a class with an accent, and an output of ASCII."""
+    (images / "cat/0.png").rename(images / "cat" / os.fsdecode(b"\xff.png"))
+    (images / "ant").rename(images / "é")
+    (images / "cat" / os.fsdecode(b"\xfe.png")).write_bytes(b"")
+    command = [sys.executable, vq.__file__, images, "--vq", tiny_file, "--out", tmp_path / "out",
+               "--size", 32]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=os.environ
+                            | {"PYTHONIOENCODING": "ascii:strict", "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    assert "\\udcfe.png" in result.stdout and "{'bee': 3, 'cat': 3, '\\xe9': 3}" in result.stdout
 
 
 def test_batches_come_in_order_and_are_not_read_far_ahead():
