@@ -4,12 +4,11 @@ The distance is that of two Gaussians, of the mean mu and covariance S of 2048 I
 
     FID = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)    (arXiv 1706.08500)
 
-    python fid.py samples/                                        sample.py's own reference
-    python fid.py samples/ --ref imagenet/val --size 256          the paper's protocol
-    python fid.py imagenet/val --size 256 --save-stats val.npz    statistics, for --ref
-    python fid.py samples.npz --ref adm.npz                       ADM's VIRTUAL_imagenet256_labeled
+    python fid.py samples/                                      sample.py's own reference
+    python fid.py samples/ --ref imagenet/val --size 256        the paper's protocol
+    python fid.py imagenet/val --size 256 --save-stats val.npz  statistics, for --ref
 
-A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or of statistics (mu,
+A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]; ADM's) or statistics (mu,
 sigma). The number is torch-fidelity's on the same images and weights. The demo's weights are
 random, so its distance is not FID.
 
@@ -18,6 +17,7 @@ Shapes: B batch, N images, C channels, H W pixels, D features.
 import argparse
 import functools
 import json
+import math
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -187,7 +187,7 @@ def our_name(key):
 def load_inception(path=None):
     """Load a frozen InceptionV3 from path, torch's hub cache, or a download."""
     net = InceptionV3()
-    try:
+    with InputError.explain(f"--weights {path}: does not fit; give {URL}"):
         if path:
             state = torch.load(path, "cpu", weights_only=True)
         else:
@@ -195,8 +195,6 @@ def load_inception(path=None):
                 URL, map_location="cpu", check_hash=True, weights_only=True)
         state = {our_name(key): x.float() for key, x in state.items()}
         net.load_state_dict(state)
-    except Exception as error:
-        raise InputError(f"--weights {path}: does not fit; give {URL}", error)
     return net.freeze()
 
 
@@ -249,17 +247,15 @@ def network(features, weights, device):
 
 def read_npz(path, features):
     """Return an .npz's statistics of these features, mu, sigma and N, or else its images."""
-    try:
-        with open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's take 2 GB
-            if "mu" in file and str(file.get("features", "inception")) == features:
-                return file["mu"], file["sigma"], int(file.get("count", 0))
-            images = file["arr_0"]
+    other = InputError.explain(f"{path}: not images (arr_0, uint8 NHWC) or statistics (mu, sigma) "
+                               f"of {features} features")
+    with other, open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's take 2 GB
+        if "mu" in file and str(file.get("features", "inception")) == features:
+            return file["mu"], file["sigma"], int(file.get("count", 0))
+        images = file["arr_0"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
         return images
-    except Exception as error:
-        raise InputError(f"{path}: not images (arr_0, uint8 NHWC) or statistics (mu, sigma), "
-                         f"of {features} features", error)
 
 
 def read_folder(paths, args):
@@ -289,20 +285,18 @@ def measure(path, features, args, device):
         batches = (images[i:i + BATCH] for i in range(0, len(images), BATCH))
     net = network(features, args.weights, device)
     rows = []
-    with tqdm(total=len(images), desc=str(path), unit=" images", disable=None) as bar:
-        for pixels in batches:
-            x = torch.from_numpy(pixels).to(device).movedim(3, 1)
-            rows.append(net(x).cpu().numpy())  # [B,D]
-            bar.update(len(pixels))
+    total = math.ceil(len(images) / BATCH)
+    for pixels in tqdm(batches, str(path), total, unit=" batches", disable=None):
+        x = torch.from_numpy(pixels).to(device).movedim(3, 1)
+        rows.append(net(x).cpu().numpy())  # [B,D]
     return *statistics(np.concatenate(rows)), len(images)
 
 
 def recorded(samples):
     """Return what sample.py recorded beside the samples, or {}."""
     path = samples.absolute()
-    name = path.name.removesuffix(".npz")
     try:
-        record = json.loads(path.with_name(f"{name}.json").read_text())
+        record = json.loads(path.with_name(f"{path.name}.json").read_text())
         return record if record["features"] in LABELS else {}
     except Exception:  # no file, or another program's
         return {}
@@ -334,10 +328,8 @@ def main(argv=None):
             np.savez(file, mu=mu, sigma=sigma, count=n, features=features)
         print(f"{args.save_stats}: statistics of {n} images")
     if theirs:
-        try:
+        with InputError.explain(f"{args.samples}, {reference}: cannot be compared"):
             distance = frechet_distance(mu, sigma, *theirs[:2])
-        except ValueError as error:
-            raise InputError(f"{args.samples}, {reference}: cannot be compared", error)
         few = 0 < n < len(mu) or 0 < theirs[2] < len(mu)
         note = " (biased by few images; compare equal counts only)" if few else ""
         print(f"{LABELS[features]}{note}, {n or 'unknown'} images ({args.samples}) against "

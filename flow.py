@@ -8,9 +8,8 @@ A tokenizer has turned each image into a grid of codes c (Eq. 9). Code k has the
     velocity    v  = (mu - z_t) / (1 - t),  mu = sum_k pi_k e_k                  (Eq. 13)
     sampling    for s = 0..T-1:  t = s/T,  z <- z + v/T;  then the nearest code  (Appendix B)
 
-The method comes first, then its baselines, what goes beyond the paper, and last the head in chunks,
-which saves memory. Of the network they use its sizes, hidden() and final_layer.linear; DFM also
-extends x_embedder.
+Of the network all methods use its sizes, hidden() and final_layer.linear; DFM also extends
+x_embedder. Last comes the head in chunks, which saves memory.
 
 Shapes: B batch, h w grid of codes, d code dimension, K codes; N tokens of G = p*p positions each,
 D width; n rows of logits at a time.
@@ -322,8 +321,7 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
     known: codes [B,h,w] to end in, -1 where any may be chosen.
     """
     if known is None:
-        known = torch.full_like(y, -1)
-        known = known.view(-1, 1, 1)
+        known = y.new_full((len(y), 1, 1), -1)
     free = known < 0
     moves = free.unsqueeze(1)
     z1 = flow.embed(known.clamp(0))

@@ -1,7 +1,6 @@
 """Sample images from a checkpoint: noise -> Purrception -> codes -> tokenizer -> PNG files.
 
     python sample.py --tau 0.9                  the newest run's averaged weights, into samples/
-    python sample.py --cfg-scale 2 --classes siamese calico 0 --out cats
     python sample.py --steps 10 --order 2       ten network calls for a hundred: beyond the paper
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --out xl2
 
@@ -27,10 +26,7 @@ TAU = {"purrception": 0.9, "dfm": 1.0}  # defaults; regressions have no temperat
 
 
 def pick_classes(wanted, names):
-    """Convert class names or numbers to numbers; None means all.
-
-    Where a name is one of the numbers, only names count.
-    """
+    """Convert class names to numbers. Where no name is a number, numbers may be given, too."""
     known = {name: i for i, name in enumerate(names)}
     numbers = {str(i): i for i in range(len(names))}
     if not known.keys() & numbers.keys():
@@ -38,7 +34,7 @@ def pick_classes(wanted, names):
     try:
         return [known[x] for x in wanted or names]
     except KeyError as error:
-        raise InputError(f"--classes: {error} is not one of {', '.join(list(known)[:20])}...")
+        raise InputError(f"--classes: {error} is not one of {list(known)}")
 
 
 def draw_noise(flow, indices, seed):
@@ -117,15 +113,15 @@ def parse(argv):
 
 def check(args, run):
     """Refuse flags without meaning for the checkpoint."""
-    wrong = ""
-    if run.args.objective == "dfm" and beyond(args):
-        wrong = "--order, --cfg-interval: DFM has no mean"
-    if run.args.objective not in TAU and args.tau:
-        wrong = "--tau: a regression has no posterior"
-    if run.args.label_dropout == 0 and args.cfg_scale != 1:
-        wrong = "--cfg-scale: trained with --label-dropout 0"
-    if wrong:
-        raise InputError(f"{wrong}; leave it out for {run.ckpt}")
+    method = run.args.objective
+    unguided = run.args.label_dropout == 0
+    wrong = {
+        "--order, --cfg-interval: DFM has no mean": method == "dfm" and beyond(args),
+        "--tau: a regression has no posterior": method not in TAU and args.tau,
+        "--cfg-scale: trained with --label-dropout 0": unguided and args.cfg_scale != 1}
+    for reason, applies in wrong.items():
+        if applies:
+            raise InputError(f"{reason}; leave it out for {run.ckpt}")
 
 
 @torch.inference_mode()
@@ -156,14 +152,11 @@ def main(argv=None):
         "reference": str(reference) if reference.is_file() else None,
         "features": meta["features"]
     }
-    for name in ("num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"):
-        record[name] = getattr(args, name)
-    record |= beyond(args)
-    note = Path(f"{args.out}.json")
-    if rank == 0 and note.exists() and not any(args.out.glob("[!.]*")):
-        for kind in ("png", "npz"):  # of images that are gone
-            Path(f"{args.out}.{kind}").unlink(missing_ok=True)
-    claim_folder(args.out, note, record, rank)
+    names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
+    record |= {name: getattr(args, name) for name in names} | beyond(args)
+    claim_folder(args.out, Path(f"{args.out}.json"), record, rank)
+    if rank == 0:
+        Path(f"{args.out}.png").unlink(missing_ok=True)  # it may be of other images
     paths = fill_folder(run, args, rank, world)
     if rank == 0:
         wait_for(lambda: all(path.exists() for path in paths))

@@ -41,9 +41,6 @@ from vq import InputError, load_vq, read_checkpoint, save_image, setup_process, 
 
 # ---------- data
 
-# What meta.json holds, and of which type.
-META = dict(tokenizer=str, image_size=int, classes=list, reference=str, features=str)
-
 # A data directory: codes, and those of the mirrored images, uint16 [N,h,w] on the disk; labels [N],
 # -1 where the image could not be read; and the indices of the others.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
@@ -55,10 +52,10 @@ def open_data(path, device):
     if not (path / "meta.json").exists():
         raise InputError(f"--data {path}: not a data directory; to make one from images: "
                          f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
-    try:
-        meta = {"reference": "", "features": "inception"}
-        meta |= json.loads((path / "meta.json").read_text())
-        for key, kind in META.items():
+    with InputError.explain(f"--data {path}: unusable; mend it or encode the images again"):
+        meta = json.loads((path / "meta.json").read_text())
+        kinds = dict(tokenizer=str, image_size=int, classes=list, reference=str, features=str)
+        for key, kind in kinds.items():
             if not isinstance(meta.get(key), kind):
                 raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
         codes = np.load(path / "codes.npy", mmap_mode="r")
@@ -67,20 +64,16 @@ def open_data(path, device):
         labels = np.load(path / "labels.npy")
         side = codes.shape[1]
         if not codes.shape == flipped.shape == (len(labels), side, side):
-            raise ValueError("codes and labels are of different sizes")
+            raise ValueError("codes and labels differ in size")
         if not codes.size or not codes.dtype == flipped.dtype == np.uint16:
-            raise ValueError("the codes are none, or not of type uint16")
+            raise ValueError("the codes are none, or not uint16")
         if labels.max() not in range(len(meta["classes"])):  # -1: an unreadable image
             raise ValueError("no image is readable, or a label has no class")
-    except Exception as error:
-        raise InputError(f"--data {path}: unusable; mend it or encode the images again", error)
     vq = load_vq(path / meta["tokenizer"], device)
     if meta.setdefault("tokenizer_sha256", vq.sha256) != vq.sha256:
-        raise InputError(f"{path}/meta.json: its tokenizer, {meta['tokenizer']}, did not make the "
-                         "codes; give the path of the one that did")
-    top = codes.max()
-    if flipped is not codes:
-        top = max(top, flipped.max())
+        raise InputError(f"{path}/meta.json: its tokenizer, {meta['tokenizer']}, did not make its "
+                         "codes; name the one that did")
+    top = max(codes.max(), flipped.max())
     if top >= len(vq.codebook):  # 65535: not encoded yet
         raise InputError(f"--data {path}: has code {top} of {len(vq.codebook)}; repeat vq.py")
     return Data(path, meta, codes, flipped, labels, np.flatnonzero(labels >= 0)), vq
@@ -185,42 +178,37 @@ def new_run(name=None):
     while Path("runs", f"{i:03d}").exists():
         i += 1
     run = Path("runs", name or f"{i:03d}")
-    try:
-        with contextlib.suppress(OSError):
-            run.rmdir()  # empty: a process was killed at its start
+    with contextlib.suppress(OSError):
+        run.rmdir()  # empty: a process was killed at its start
+    with InputError.explain(f"--name {run.name}: give --resume or another name"):
         run.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"--name {run.name}: give --resume or another name", error)
     return run
 
 
 def bind(args, data, run):
-    """Note the classes and the tokenizer of the data in args, or refuse others than those noted."""
-    for name in ("classes", "tokenizer_sha256"):
-        value = data.meta[name]
-        if vars(args).setdefault(name, value) != value:
-            raise InputError(f"--data {data.path}: its {name} are not those of {run}; give its own")
+    """Note the data's classes and tokenizer in args, or refuse others than were noted."""
+    ours = {name: data.meta[name] for name in ("classes", "tokenizer_sha256")}
+    theirs = {name: vars(args).setdefault(name, x) for name, x in ours.items()}
+    InputError.compare(f"--data {data.path}: not that of {run}, give its own", theirs, ours)
 
 
-def agree(**read):
-    """Refuse to go on if the processes, perhaps on several machines, read different things."""
+def agree(read):
+    """Refuse to go on with processes, perhaps on other machines, that read different things."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, read)
-    for name in read.keys() - {"started"}:  # by each one's clock
-        found = [other.get(name) for other in everyone]
-        if found != [read[name]] * len(found):
-            raise InputError(f"{name}: differs between processes, {found}; start them again")
+    for other in everyone:
+        InputError.compare("the processes differ, start them all again", other, read)
 
 
 def load_checkpoint(path, **targets):
     """Load modules and optimizers by their names in the file. Return its args and step."""
-    try:
+    with InputError.explain(f"{path}: does not fit these flags and data; use its own"):
         if path.suffix == ".json":  # the flags alone
             ckpt = {"args": json.loads(path.read_text()), "step": 0}
         else:
             ckpt = read_checkpoint(path)
-        for name, target in targets.items():
-            target.load_state_dict(ckpt[name])
+        for name, target in targets.items():  # copied, to let go of the file
+            target.load_state_dict(copy.deepcopy(ckpt[name]))
         settings = dict(ckpt["args"])
         SIZES[settings["model"]], OBJECTIVES[settings["objective"]]
         for name, default in vars(flags().parse_args([])).items():
@@ -228,8 +216,6 @@ def load_checkpoint(path, **targets):
             if default is not None and type(default)(value) != value:
                 raise ValueError(f"{name} is {value!r}")
         return settings, int(ckpt["step"])
-    except Exception as error:
-        raise InputError(f"{path}: does not fit these flags and data; use its own", error)
 
 
 def save_checkpoint(path, flow, ema, opt, step, args):
@@ -292,22 +278,19 @@ def backward(ddp, codes, y, noise, args):
 def catch_signals():
     """Yield a list that Ctrl-C, a closed terminal, and requests to stop add to."""
     caught = []
-    handlers = {}
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-        number = getattr(signal, name, None)  # Windows lacks two
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets
-            handlers[number] = signal.signal(number, lambda *_: caught.append(True))
-    try:
+    with contextlib.ExitStack() as restore:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks two
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets
+                old = signal.signal(number, lambda *_: caught.append(True))
+                restore.callback(signal.signal, number, old)
         yield caught
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def train(args, data, vq, run, stop, rank, world, device):
-    """Train, from the newest checkpoint in the folder `run` if it has one. Return the steps done.
+    """Train, from the run's newest checkpoint if it has one, until the list `stop` is not empty.
 
-    It ends early, after a step, once the list `stop` is not empty.
+    Return the steps done.
     """
     torch.manual_seed(args.seed)
     flow = build(args, data, vq.codebook).to(device)
@@ -320,10 +303,8 @@ def train(args, data, vq, run, stop, rank, world, device):
     if run and any(run.glob("ckpt*.pt")):
         ckpt = newest(run, "ckpt*.pt")
         _, start = load_checkpoint(ckpt, model=flow.model, ema=ema.model, opt=opt)
-        for state in opt.state.values():  # let go of the file
-            state.update({name: x.clone() for name, x in state.items()})
     if world > 1:
-        agree(checkpoint=str(ckpt), step=start, images=len(data.codes), **vars(args))
+        agree(vars(args) | dict(checkpoint=str(ckpt), step=start, started=""))
     if rank == 0:
         print(f"checkpoint: {ckpt}, step {start} of {args.steps}")
     if args.compile:
@@ -443,10 +424,8 @@ def parse(argv=None):
         return parser.parse_args(words), last.parent
     recipe = Path(first.data, "recipe.txt")
     if recipe.exists():
-        try:
+        with InputError.explain(f"{recipe}: unreadable; mend or remove it"):
             more = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{recipe}: unreadable; mend or remove it", error)
         parser.set_defaults(recipe=" ".join(more))
         words = more + words
     return parser.parse_args(words), None

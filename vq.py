@@ -207,8 +207,8 @@ def read_checkpoint(path):
 
     Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
-    try:
-        if not zipfile.is_zipfile(path):
+    with InputError.explain(f"{path}: unreadable as weights; use another file"):
+        if Path(path).exists() and not zipfile.is_zipfile(path):
             raise ValueError("not a zip file; save those of torch < 1.6 again with a newer torch")
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         for name in names:
@@ -217,8 +217,6 @@ def read_checkpoint(path):
         stubs = [(OrderedDict if name.endswith("Dict") else Stub, name) for name in names]
         with torch.serialization.safe_globals(stubs):
             return torch.load(path, "cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path}: unreadable as weights; use another file", error)
 
 
 def from_llamagen(state):
@@ -263,7 +261,7 @@ def load_vq(path, device="cpu"):
     attribute sha256 identifies it.
     """
     file = read_checkpoint(path)
-    try:
+    with InputError.explain(f"{path}: not a tokenizer; use vq-f8 or vq_ds8_c2i"):
         if "config" in file:
             config = file["config"]
             state = file["state_dict"]
@@ -279,8 +277,6 @@ def load_vq(path, device="cpu"):
         state = {key: x.to(torch.float32, copy=True) for key, x in state.items()}
         vq.load_state_dict(state, assign=True)
         vq.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except Exception as error:
-        raise InputError(f"{path}: not a tokenizer; use vq-f8 or vq_ds8_c2i", error)
     vq = vq.eval().requires_grad_(False).to(device)
     if torch.device(device).type == "cpu":  # 1.6x faster; GroupNorm on a GPU would copy
         vq = vq.to(memory_format=torch.channels_last)
@@ -295,10 +291,7 @@ EMPTY = 2 ** 16 - 1
 
 
 def list_images(root):
-    """List a folder of class folders, or of one class: sorted paths, labels, class names.
-
-    A class needs a readable picture.
-    """
+    """List a folder of class folders, or of one class: sorted paths, labels, class names."""
     paths = find_images(root)
     flat = [path for path in paths if path.parent == root]
     if 0 < len(flat) < len(paths):
@@ -307,9 +300,9 @@ def list_images(root):
     for path in paths:
         name = root.resolve().name if flat else path.relative_to(root).parts[0]
         groups.setdefault(name, []).append(path)
-    classes = [name for name, group in sorted(groups.items()) if any(map(is_readable, group))]
+    classes = [name for name in sorted(groups) if any(map(is_readable, groups[name]))]
     if not classes:
-        raise InputError(f"{root}: holds no readable image; give a folder of class folders")
+        raise InputError(f"{root}: has no readable picture; give a folder of class folders")
     paths = [path for name in classes for path in groups[name]]
     labels = np.repeat(range(len(classes)), [len(groups[name]) for name in classes])
     return paths, labels, classes
@@ -332,13 +325,17 @@ def open_arrays(args, labels, side, rank):
 def encode_folder(args, vq, rank, world, device):
     """Encode this process's share of the rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
-    files = [(str(path.relative_to(args.images)), path.stat().st_size, path.stat().st_mtime)
-             for path in paths]
+
+    def signature(path):
+        file = path.stat() if path.exists() else path.lstat()  # of a broken link
+        return str(path.relative_to(args.images)), file.st_size, file.st_mtime
+
+    files = repr([signature(path) for path in paths])
     meta = dict(
         tokenizer=str(args.vq.resolve()),
         tokenizer_sha256=vq.sha256,
         image_size=args.size, classes=classes, flip=args.flip,
-        files=hashlib.sha256(repr(files).encode()).hexdigest(),
+        files=hashlib.sha256(files.encode()).hexdigest(),
         reference="reference.npz", features="inception")
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
@@ -399,7 +396,7 @@ def main():
     add("--batch-size", type=int, default=32, help="images per process and batch")
     args = parser.parse_args()
     if bool(args.images) == bool(args.reconstruct) or args.images and not args.out:
-        parser.error("give IMAGES and --out, to encode them, or --reconstruct IMAGE...")
+        parser.error("give IMAGES and --out, or --reconstruct IMAGE...")
     rank, world, device = setup_process()
     vq = load_vq(args.vq, device)
     if len(vq.codebook) > EMPTY:
@@ -412,10 +409,9 @@ def main():
         reconstruct(args, vq, device)
 
 
-# ---------- pictures (skip on first reading)
+# ---------- pictures
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
-HIDDEN = ".", "__MACOSX"
 FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # for some others, Pillow runs programs
 
 
@@ -432,52 +428,49 @@ def to_pixels(x):
     return x.byte().movedim(1, -1)
 
 
-def find_images(folder):
-    """List the pictures in a folder and those in it, each once, without what is hidden."""
-    def fail(error):
-        raise InputError(f"{error.filename}: unreadable folder", error)
-
+def find_images(folder, seen=None):
+    """List the pictures in a folder and in those below, each of which is entered once."""
+    seen = set() if seen is None else seen
+    real = folder.resolve()
+    with InputError.explain(f"{folder}: unreadable folder"):
+        paths = sorted(folder.iterdir()) if real not in seen else []
+    seen.add(real)
     found = []
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # a link to where we were
-            folders.clear()
+    for path in paths:
+        if path.name.startswith((".", "__MACOSX")):  # hidden
             continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith(HIDDEN))
-        found += [Path(place, name) for name in names
-                  if name.lower().endswith(SUFFIXES) and not name.startswith(HIDDEN)]
-    return sorted(found)
+        if path.is_dir():
+            found += find_images(path, seen)
+        elif path.suffix.lower() in SUFFIXES:
+            found.append(path)
+    return found
 
 
 def read_image(path):
     """Read a picture as an upright RGB Image, on white where it is transparent."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.load()
-            with contextlib.suppress(Exception):  # damaged EXIF data: do not rotate
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            return image.convert("RGB")
-    except Exception as error:
-        raise InputError(f"{path}: not a readable picture", error)
+    unreadable = InputError.explain(f"{path}: not a readable picture")
+    with unreadable, Image.open(path, formats=FORMATS) as image:
+        image.load()
+        with contextlib.suppress(Exception):  # damaged EXIF data: do not rotate
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits, which convert() would clip
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        return image.convert("RGB")
 
 
 def is_readable(path):
     with contextlib.suppress(InputError):
-        return bool(read_image(path))
+        return read_image(path)
 
 
 def crop(image, size):
     """Scale an Image and crop its centre as ADM does: uint8 [size,size,3]."""
     spare = [max(0, x - 8 * min(image.size)) // 2 for x in image.size]
-    if any(spare):  # thin: its middle is enough, and all of it could be huge
+    if any(spare):  # thin: its middle is enough
         image = ImageOps.crop(image, tuple(spare))
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
@@ -508,11 +501,25 @@ def save_image(path, pixels, columns=None):
 class InputError(SystemExit):
     """Exit with code 1 and a line that names a wrong file or flag."""
 
-    def __init__(self, message, error=None):
-        if error:
-            message = f"{message} ({type(error).__name__}: {error})"
+    def __init__(self, message):
         line = " ".join(message.split())
         super().__init__(line[:500])
+
+    @classmethod
+    @contextlib.contextmanager
+    def explain(cls, message):
+        """Turn any error in a with block into an InputError."""
+        try:
+            yield
+        except Exception as error:
+            raise cls(f"{message} ({type(error).__name__}: {error})")
+
+    @classmethod
+    def compare(cls, message, theirs, ours):
+        """Refuse dictionaries that differ, and name the first entry that does."""
+        for key in sorted({*theirs, *ours}):
+            if theirs.get(key) != ours.get(key):
+                raise cls(f"{message}: {key} is {theirs.get(key)} there, {ours.get(key)} here")
 
 
 @contextlib.contextmanager
@@ -529,7 +536,7 @@ def write_whole(path):
             raise OSError("the disk is full")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        raise InputError(f"{path}: cannot be written", error)
+        raise InputError(f"{path}: cannot be written ({error})")
     finally:
         with contextlib.suppress(OSError):  # it is gone if all went well
             partial.unlink()
@@ -548,32 +555,26 @@ def read_ahead(read, items, n):
 
 
 def wait_for(ready, limit=math.inf):
-    """Wait for another process, for at most `limit` seconds. Should it fail, torchrun ends all."""
+    """Wait for another process. If it fails, torchrun ends this one."""
     end = time.monotonic() + limit
     while not ready() and time.monotonic() < end:
         time.sleep(0.2)
 
 
-def difference(note, record):
-    """Say in what the file `note` differs from a record, or return None."""
-    try:
-        old = json.loads(note.read_text())
-        for key in sorted({*old, *record} - {"num_samples", "tokenizer"}):  # its sha256 counts
-            if old.get(key) != record.get(key):
-                return f"{key} is {old.get(key)} in {note}, here {record.get(key)}"
-    except Exception:  # no file, or another's
-        return f"{note} does not describe them"
-
-
 def claim_folder(folder, note, record, rank):
     """Write record to the file `note`, or refuse a folder that another record made."""
-    if rank == 0 and not (any(folder.glob("[!.]*")) and difference(note, record)):
+    free = {"num_samples": 0, "tokenizer": ""}  # may differ; the tokenizer's sha256 counts
+    ours = record | free
+
+    def theirs():
+        with InputError.explain(f"{note}: describes other files; give another --out"):
+            return free if not note.exists() else json.loads(note.read_text()) | free
+
+    if rank == 0 and (theirs() == ours or not any(folder.glob("[!.]*"))):
         with write_whole(note) as file:
             file.write(json.dumps(record, indent=1).encode())
-    wait_for(lambda: not difference(note, record), 300 if rank else 0)
-    other = difference(note, record)
-    if other:  # different checkpoints never mix
-        raise InputError(f"--out {folder}: has other files; {other}; give another folder")
+    wait_for(lambda: theirs() == ours, 300 if rank else 0)
+    InputError.compare(f"--out {folder}: holds other files, give another", theirs(), ours)
 
 
 def setup_process():
@@ -582,17 +583,12 @@ def setup_process():
         sys.stdout.reconfigure(errors="backslashreplace")
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
     given = [os.environ.get(name) for name in names]
-    rank, local, world = 0, 0, 1
-    if any(given[:3]):
-        if not all(given):
-            raise InputError(f"{', '.join(names)}: only some are set; use torchrun, or unset them")
-        rank, local, world = map(int, given[:3])
+    if any(given[:3]) and not all(given):
+        raise InputError(f"{', '.join(names)}: set all, as torchrun does, or none")
+    rank, local, world = map(int, given[:3] if all(given) else (0, 0, 1))
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32
-    gpus = torch.cuda.device_count()
-    if gpus == 0:
+    if torch.cuda.device_count() == 0:
         return rank, world, torch.device("cpu")
-    if local >= gpus:
-        raise InputError(f"--nproc_per_node: there are only {gpus} GPUs")
     torch.cuda.set_device(local)
     return rank, world, torch.device("cuda", local)
 
