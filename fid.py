@@ -8,7 +8,7 @@ The distance is that of two Gaussians, of the mean mu and covariance S of 2048 I
     python fid.py samples/ --ref imagenet/val --size 256        the paper's protocol
     python fid.py imagenet/val --size 256 --save-stats val.npz  statistics, for --ref
 
-A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]; ADM's) or statistics (mu,
+A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or statistics (mu,
 sigma). The number is torch-fidelity's on the same images and weights. The demo's weights are
 random, so its distance is not FID.
 
@@ -198,9 +198,9 @@ def load_inception(path=None):
     return net.freeze()
 
 
-def untrained_inception(seed=0):
-    """Build a frozen InceptionV3 with random weights, drawn from the seed."""
-    generator = torch.Generator().manual_seed(seed)
+def untrained_inception():
+    """Build a frozen InceptionV3 with random weights."""
+    generator = torch.Generator().manual_seed(0)
     net = InceptionV3()
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
@@ -317,7 +317,7 @@ def main(argv=None):
     reference = args.ref or record.get("reference")
     if not (reference or args.save_stats):
         raise InputError(f"{args.samples}: has no recorded reference; give --ref")
-    if args.samples.is_dir() and len(find_images(args.samples)) < record.get("num_samples", 0):
+    if record and len(find_images(args.samples)) < record.get("num_samples", 0):
         raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
 
     theirs = measure(Path(reference), features, args, device) if reference else None

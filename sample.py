@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --out xl2
 
 Image i depends on the checkpoint, the flags and (seed, i) alone (in bf16, up to rounding). So any
-number of processes makes the same images, and the same command resumes after an interruption.
-Classes come in turn. OUT.json records the flags; OUT.png is a sheet.
+number of processes makes the same images, and the same command resumes.
+OUT.json records the flags; OUT.png is a sheet.
 """
 import argparse
 import math
@@ -85,7 +85,7 @@ def parse(argv):
         description="Sample images from a checkpoint. (*) goes beyond the paper.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--ckpt", type=Path, help="checkpoint; None: that of the newest run")
+    add("--ckpt", type=Path, help="checkpoint; None: the newest")
     add("--data", help="data directory, if it has moved")
     add("--num-samples", type=int, default=256, help="images to make")
     add("--classes", nargs="+", metavar="CLASS",
@@ -99,7 +99,7 @@ def parse(argv):
     add("--seed", type=int, default=0, help="seed of the noise")
     add("--out", type=Path, default="samples", help="folder for the PNG files")
     add("--per-proc-batch-size", type=int, default=64, help="images in a batch")
-    add("--compile", action="store_true", help="torch.compile the transformer's blocks")
+    add("--compile", action="store_true", help="torch.compile the blocks")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: on GPUs")
     args = parser.parse_args(argv)
     if args.steps < 1 or args.tau is not None and not args.tau > 0:
@@ -107,21 +107,21 @@ def parse(argv):
     if not math.isfinite(args.cfg_scale):
         parser.error("--cfg-scale: give a finite number")
     if args.out.name in ("", ".."):
-        parser.error(f"--out {args.out}: give a folder's name")
+        parser.error("--out: give a folder's name")
     return args
 
 
 def check(args, run):
     """Refuse flags without meaning for the checkpoint."""
-    method = run.args.objective
-    unguided = run.args.label_dropout == 0
-    wrong = {
-        "--order, --cfg-interval: DFM has no mean": method == "dfm" and beyond(args),
-        "--tau: a regression has no posterior": method not in TAU and args.tau,
-        "--cfg-scale: trained with --label-dropout 0": unguided and args.cfg_scale != 1}
-    for reason, applies in wrong.items():
-        if applies:
-            raise InputError(f"{reason}; leave it out for {run.ckpt}")
+    wrong = ""
+    if run.args.objective == "dfm" and beyond(args):
+        wrong = "--order, --cfg-interval: DFM has no mean"
+    if run.args.objective not in TAU and args.tau:
+        wrong = "--tau: a regression has no posterior"
+    if run.args.label_dropout == 0 and args.cfg_scale != 1:
+        wrong = "--cfg-scale: trained with --label-dropout 0"
+    if wrong:
+        raise InputError(f"{wrong}; leave it out for {run.ckpt}")
 
 
 @torch.inference_mode()

@@ -41,9 +41,13 @@ from vq import InputError, load_vq, read_checkpoint, save_image, setup_process, 
 
 # ---------- data
 
-# A data directory: codes, and those of the mirrored images, uint16 [N,h,w] on the disk; labels [N],
-# -1 where the image could not be read; and the indices of the others.
+# Codes and those of mirrored images, uint16 [N,h,w] on the disk; labels [N], -1 for unreadable
+# images; and the indices of the others.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
+
+
+# What meta.json holds.
+ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str, features=str)
 
 
 def open_data(path, device):
@@ -52,10 +56,9 @@ def open_data(path, device):
     if not (path / "meta.json").exists():
         raise InputError(f"--data {path}: not a data directory; to make one from images: "
                          f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
-    with InputError.explain(f"--data {path}: unusable; mend it or encode the images again"):
+    with InputError.explain(f"--data {path}: unusable; encode the images again"):
         meta = json.loads((path / "meta.json").read_text())
-        kinds = dict(tokenizer=str, image_size=int, classes=list, reference=str, features=str)
-        for key, kind in kinds.items():
+        for key, kind in ENTRIES.items():
             if not isinstance(meta.get(key), kind):
                 raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
         codes = np.load(path / "codes.npy", mmap_mode="r")
@@ -70,9 +73,9 @@ def open_data(path, device):
         if labels.max() not in range(len(meta["classes"])):  # -1: an unreadable image
             raise ValueError("no image is readable, or a label has no class")
     vq = load_vq(path / meta["tokenizer"], device)
-    if meta.setdefault("tokenizer_sha256", vq.sha256) != vq.sha256:
-        raise InputError(f"{path}/meta.json: its tokenizer, {meta['tokenizer']}, did not make its "
-                         "codes; name the one that did")
+    found = meta | {"tokenizer_sha256": vq.sha256}
+    meta = found | meta
+    InputError.compare(f"{path}/meta.json: name the tokenizer that made the codes", meta, found)
     top = max(codes.max(), flipped.max())
     if top >= len(vq.codebook):  # 65535: not encoded yet
         raise InputError(f"--data {path}: has code {top} of {len(vq.codebook)}; repeat vq.py")
@@ -86,9 +89,8 @@ def epoch_order(N, seed, epoch):
 
 def batch_rows(N, B, seed, step):
     """Return the indices [B] of a step's images: consecutive epochs, cut into batches."""
-    places = np.arange(step * B, (step + 1) * B)
-    rows = [epoch_order(N, seed, place // N)[place % N] for place in places]
-    return np.array(rows)
+    places = range(step * B, (step + 1) * B)
+    return np.array([epoch_order(N, seed, i // N)[i % N] for i in places])
 
 
 def load_batch(data, args, step, part, device):
@@ -105,8 +107,8 @@ def load_batch(data, args, step, part, device):
 
 
 def seeded(device, *key):
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
+    [state] = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
 # ---------- networks
@@ -179,7 +181,7 @@ def new_run(name=None):
         i += 1
     run = Path("runs", name or f"{i:03d}")
     with contextlib.suppress(OSError):
-        run.rmdir()  # empty: a process was killed at its start
+        run.rmdir()  # empty: killed at its start
     with InputError.explain(f"--name {run.name}: give --resume or another name"):
         run.mkdir(parents=True)
     return run
@@ -193,7 +195,7 @@ def bind(args, data, run):
 
 
 def agree(read):
-    """Refuse to go on with processes, perhaps on other machines, that read different things."""
+    """Refuse to train with processes that read other things, as on another machine."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, read)
     for other in everyone:
@@ -209,7 +211,7 @@ def load_checkpoint(path, **targets):
             ckpt = read_checkpoint(path)
         for name, target in targets.items():  # copied, to let go of the file
             target.load_state_dict(copy.deepcopy(ckpt[name]))
-        settings = dict(ckpt["args"])
+        settings = ckpt["args"]
         SIZES[settings["model"]], OBJECTIVES[settings["objective"]]
         for name, default in vars(flags().parse_args([])).items():
             value = settings.get(name, default)
@@ -219,8 +221,12 @@ def load_checkpoint(path, **targets):
 
 
 def save_checkpoint(path, flow, ema, opt, step, args):
-    state = dict(model=flow.model.state_dict(), ema=ema.model.state_dict(), opt=opt.state_dict(),
-                 step=step, args=vars(args))
+    state = dict(
+        model=flow.model.state_dict(),
+        ema=ema.model.state_dict(),
+        opt=opt.state_dict(),
+        step=step,
+        args=vars(args))
     with write_whole(path) as file:
         torch.save(state, file)
         file.flush()
@@ -269,14 +275,13 @@ def backward(ddp, codes, y, noise, args):
             loss, parts = ddp(codes[micro], y[micro], [x[micro] for x in noise])
         (loss / args.accumulate).backward()
         for name, x in {"loss": loss, **parts}.items():
-            x = x.detach() / args.accumulate
-            losses[name] = losses.get(name, 0) + x
+            losses[name] = losses.get(name, 0) + x.detach() / args.accumulate
     return losses
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yield a list that Ctrl-C, a closed terminal, and requests to stop add to."""
+    """Yield a list that signals to stop add to."""
     caught = []
     with contextlib.ExitStack() as restore:
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
@@ -401,12 +406,12 @@ def flags():
     add("--geometric-head", action=switch, default=False, help="start the head as E suggests (*)")
     add("--logit-normal", action=switch, default=False, help="draw t with logit(t) ~ N(0, 1) (*)")
     add("--label-dropout", type=float, default=0.1, help="share of labels to drop")
-    add("--seed", type=int, default=0, help="seed of all that is random")
+    add("--seed", type=int, default=0, help="random seed")
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
     add("--compile", action=switch, default=False, help="torch.compile the blocks and the loss")
     add("--log-every", type=int, default=100, help="steps between log lines")
     add("--ckpt-every", type=int, default=25_000, help="steps between checkpoints")
-    add("--keep-every", type=int, default=0, help="steps between kept checkpoints; 0: none")
+    add("--keep-every", type=int, default=0, help="steps between those kept; 0: none")
     add("--sample-every", type=int, default=5000, help="steps between pictures; 0: none")
     return parser
 
@@ -455,11 +460,10 @@ def main(argv=None):
     with catch_signals() as stop:
         done = train(args, data, vq, run, stop, rank, world, device)
     if rank == 0:
-        ckpt = run / "ckpt.pt"
-        advice = f"sample.py --ckpt {shlex.quote(str(ckpt))}"
+        advice = f"sample.py --ckpt {shlex.quote(f'{run}/ckpt.pt')}"
         if done < args.steps:
             advice = f"train.py --name {shlex.quote(str(run.relative_to('runs')))} --resume"
-        print(f"{ckpt}: {done} of {args.steps} steps; next: python {advice}")
+        print(f"{run}/ckpt.pt: {done} of {args.steps} steps; next: python {advice}")
     if world > 1:
         dist.barrier()  # NCCL's groups must end together
         dist.destroy_process_group()

@@ -23,7 +23,6 @@ import re
 import secrets
 import sys
 import time
-import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -71,8 +70,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         n = self.norm(x)
-        parts = [layer(n) for layer in (self.q, self.k, self.v)]
-        q, k, v = (part.flatten(2).mT.unsqueeze(1) for part in parts)
+        q, k, v = (layer(n).flatten(2).mT.unsqueeze(1) for layer in (self.q, self.k, self.v))
         h = F.scaled_dot_product_attention(q, k, v)  # [B,1,hw,C]
         h = h.squeeze(1).mT.reshape(x.shape)
         return x + self.proj_out(h)
@@ -207,9 +205,7 @@ def read_checkpoint(path):
 
     Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
-    with InputError.explain(f"{path}: unreadable as weights; use another file"):
-        if Path(path).exists() and not zipfile.is_zipfile(path):
-            raise ValueError("not a zip file; save those of torch < 1.6 again with a newer torch")
+    with InputError.explain(f"{path}: unreadable; files of torch < 1.6 need to be saved again"):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         for name in names:
             if not TRAINERS.fullmatch(name):
@@ -286,7 +282,7 @@ def load_vq(path, device="cpu"):
 # ---------- encoding a data set
 
 # A row of codes.npy is EMPTY until it is encoded. Process 0 makes the arrays, labels.npy last. Each
-# process fills its own rows, and the same command resumes after an interruption.
+# process fills its own rows, and the same command resumes.
 EMPTY = 2 ** 16 - 1
 
 
@@ -302,9 +298,12 @@ def list_images(root):
         groups.setdefault(name, []).append(path)
     classes = [name for name in sorted(groups) if any(map(is_readable, groups[name]))]
     if not classes:
-        raise InputError(f"{root}: has no readable picture; give a folder of class folders")
-    paths = [path for name in classes for path in groups[name]]
-    labels = np.repeat(range(len(classes)), [len(groups[name]) for name in classes])
+        raise InputError(f"{root}: holds no readable picture")
+    paths = []
+    labels = []
+    for label, name in enumerate(classes):
+        paths += groups[name]
+        labels += [label] * len(groups[name])
     return paths, labels, classes
 
 
@@ -429,7 +428,7 @@ def to_pixels(x):
 
 
 def find_images(folder, seen=None):
-    """List the pictures in a folder and in those below, each of which is entered once."""
+    """List the pictures in a folder and those below, which are entered once."""
     seen = set() if seen is None else seen
     real = folder.resolve()
     with InputError.explain(f"{folder}: unreadable folder"):
@@ -484,7 +483,8 @@ def crop(image, size):
 def sheet(pixels, columns):
     """Arrange uint8 [B,H,W,3] on a white picture, two pixels apart."""
     B, H, W, _ = np.shape(pixels)
-    page = np.pad(pixels, [(0, -B % columns), (1, 1), (1, 1), (0, 0)], constant_values=255)
+    border = [(0, -B % columns), (1, 1), (1, 1), (0, 0)]
+    page = np.pad(pixels, border, constant_values=255)
     page = page.reshape(-1, columns, H + 2, W + 2, 3)
     return page.swapaxes(1, 2).reshape(-1, columns * (W + 2), 3)
 
@@ -502,8 +502,7 @@ class InputError(SystemExit):
     """Exit with code 1 and a line that names a wrong file or flag."""
 
     def __init__(self, message):
-        line = " ".join(message.split())
-        super().__init__(line[:500])
+        super().__init__(" ".join(message.split())[:500])
 
     @classmethod
     @contextlib.contextmanager
@@ -579,7 +578,7 @@ def claim_folder(folder, note, record, rank):
 
 def setup_process():
     """Return rank, world size and device, as torchrun sets them. Make any text printable."""
-    with contextlib.suppress(AttributeError):  # a notebook's output can print all
+    with contextlib.suppress(AttributeError):  # a notebook prints all
         sys.stdout.reconfigure(errors="backslashreplace")
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
     given = [os.environ.get(name) for name in names]

@@ -1,11 +1,13 @@
 """The making of the demo: its codebook, and a small data directory whole."""
+import json
+
 import numpy as np
 import torch
 from conftest import TINY_VQ
 
 from demo.cats import make
 from train import open_data
-from vq import VQ, from_pixels
+from vq import VQ, from_pixels, load_vq
 
 CPU = torch.device("cpu")
 
@@ -36,5 +38,9 @@ def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
     assert vq.decode(vq.encode(from_pixels(images))).isfinite().all()
     reference = np.load(tmp_path / "reference.npz")["arr_0"]
     assert (reference == make.cats(5, make.HELD_OUT_SEED)[0]).all()
-    for name in "recipe.txt", "meta.json":                  # as they are committed
-        assert (tmp_path / name).read_text() == (make.HERE / name).read_text()
+    ours, committed = (json.loads((folder / "meta.json").read_text())
+                       for folder in (tmp_path, make.HERE))
+    for meta, folder in ((ours, tmp_path), (committed, make.HERE)):
+        assert meta.pop("tokenizer_sha256") == load_vq(folder / "tokenizer.pt").sha256
+    assert ours == committed
+    assert (tmp_path / "recipe.txt").read_text() == (make.HERE / "recipe.txt").read_text()

@@ -29,7 +29,7 @@ from tqdm import trange
 
 from demo.cats.cats import COATS, HERE, cats
 from flow import nearest_code
-from vq import VQ, from_pixels, write_whole
+from vq import VQ, from_pixels, load_vq, write_whole
 
 CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_embed=1024,
               embed_dim=4, num_groups=8)
@@ -218,10 +218,11 @@ def save_images(file, images):
 def save(folder, vq, codes, labels, reference):
     """Write the data directory."""
     state = {name: tensor.half().cpu() for name, tensor in vq.state_dict().items()}
-    meta = dict(tokenizer="tokenizer.pt", image_size=64, classes=list(COATS),
-                reference="reference.npz", features="untrained")
     with write_whole(folder / "tokenizer.pt") as file:
         torch.save({"config": CONFIG, "state_dict": state}, file)
+    sha256 = load_vq(folder / "tokenizer.pt").sha256
+    meta = dict(tokenizer="tokenizer.pt", tokenizer_sha256=sha256, image_size=64,
+                classes=list(COATS), reference="reference.npz", features="untrained")
     with write_whole(folder / "codes.npy") as file:
         np.save(file, codes.numpy().astype(np.uint16))
     with write_whole(folder / "labels.npy") as file:
