@@ -113,7 +113,8 @@ def case(kind, tmp_path, data):
         net(torch.ones(3)).sum().backward()
         opt.step()
         states = {"model": net.state_dict(), "opt": opt.state_dict()}
-        torch.save({**states, "step": 1, "args": {"lr": 1}}, path)
+        args = {"model": "DiT-S/2", "objective": "cfm", "lr": 1.0}
+        torch.save({**states, "step": 1, "args": args}, path)
         load = functools.partial(train.load_checkpoint, path, model=net, opt=opt)
         return path, [path.read_bytes()], load, path
     if kind in ("codes.npy", "labels.npy", "meta.json"):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -394,6 +395,9 @@ def test_a_run_is_not_overwritten(run, tiny_data, tiny_size):
         with pytest.raises(InputError, match="--name .*--resume"):
             run(name, "--steps", 1)
     assert file.read_text() == "valuable" and os.listdir("runs/a") == [file.name]
+    Path("runs/b").mkdir()  # by a process that was killed at its start
+    run("b", "--steps", 1)
+    shutil.rmtree("runs/b")
     for _ in range(2):  # without a name, runs are numbered
         main("--data", tiny_data, "--model", tiny_size, "--steps", 1, "--global-batch-size", 4)
     assert sorted(os.listdir("runs")) == ["001", "002", "a"]

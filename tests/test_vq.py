@@ -506,7 +506,8 @@ def test_a_process_waits_for_the_first_and_encodes_the_rows_of_its_number(
     assert run(images, "--flip") == whole
 
 
-@pytest.mark.parametrize("change", ["flip", "size", "images", "pixels", "weights", "note"])
+@pytest.mark.parametrize("change", [
+    "flip", "size", "images", "pixels", "time", "weights", "note"])
 def test_a_folder_of_other_settings_or_files_is_refused(change, run, images, tiny_file, tmp_path):
     before = run(images)
     if change == "weights":  # trained anew: the same name
@@ -515,8 +516,12 @@ def test_a_folder_of_other_settings_or_files_is_refused(change, run, images, tin
         torch.save(file, tiny_file)
     if change == "images":
         (images / "cat/0.png").unlink()
-    if change == "pixels":  # others under the same name
-        shutil.copy(images / "cat/d/1.png", images / "cat/0.png")
+    if change in ("pixels", "time"):  # others under the same name
+        times = (images / "cat/0.png").stat()
+        if change == "pixels":
+            shutil.copy(images / "cat/d/1.png", images / "cat/0.png")
+        later = times.st_mtime + (change == "time")
+        os.utime(images / "cat/0.png", (later, later))
     if change == "note":
         (tmp_path / "out/meta.json").unlink()
     flags = {"flip": ["--flip"], "size": ["--size", 64]}.get(change, [])
