@@ -9,17 +9,18 @@ The distance is that of two Gaussians, of the mean mu and covariance S of 2048 I
     python fid.py imagenet/val --size 256 --save-stats val.npz  statistics, for --ref
 
 A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or statistics (mu,
-sigma). The number is torch-fidelity's on the same images and weights. The demo's weights are
-random, so its distance is not FID.
+sigma). The number is torch-fidelity's on the same images and weights. For the demo's cats, a small
+network that has learnt to read cats takes Inception's place: their distance is not FID.
 
 Shapes: B batch, N images, C channels, H W pixels, D features.
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
 import re
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -28,14 +29,15 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vq import (InputError, crop, find_images, read_ahead, read_image, setup_process,
-                write_whole)
+from vq import (InputError, crop, find_images, read_ahead, read_checkpoint, read_image,
+                setup_process, write_whole)
 
 URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
 BATCH = 32
-LABELS = {"inception": "FID on Inception features",
-          "untrained": "Fréchet distance on untrained features (not FID)"}
+
+# Of a set's features: mean, covariance, number of images (0: unknown), and those of others like it.
+Statistics = namedtuple("Statistics", "mu sigma count others", defaults=(0, None))
 
 
 # ---------- the network
@@ -171,7 +173,30 @@ def resize(x, size=299):
     return x
 
 
-# ---------- its weights
+class CatFeatures(nn.Sequential):
+    """Map cats, uint8 or in [-1,1], [B,3,64,64], to features [B,64]: study/judge.py trains it."""
+
+    def __init__(self):
+        def conv(c_in, c_out, side, stride):
+            layer = nn.Conv2d(c_in, c_out, side, stride, padding=side // 2, bias=False)
+            return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.SiLU())
+
+        super().__init__(
+            conv(3, 32, 5, stride=2),   # [B,32,32,32]
+            conv(32, 48, 3, stride=2),  # [B,48,16,16]
+            conv(48, 64, 3, stride=2),  # [B,64,8,8]
+            conv(64, 64, 3, stride=1),
+            nn.Conv2d(64, 16, 1),
+            nn.Flatten(),               # [B,1024]: where things are matters
+            nn.Linear(1024, 64))
+
+    def forward(self, x):
+        if x.dtype == torch.uint8:
+            x = x.float() / 127.5 - 1
+        return super().forward(x)
+
+
+# ---------- their weights
 
 def our_name(key):
     """Rename a published key: there, steps of a branch count from 1, and pools do not count."""
@@ -198,14 +223,16 @@ def load_inception(path=None):
     return net.freeze()
 
 
-def untrained_inception():
-    """Build a frozen InceptionV3 with random weights."""
-    generator = torch.Generator().manual_seed(0)
-    net = InceptionV3()
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
-    return net.freeze()
+def load_cat_features(path):
+    """Load frozen CatFeatures, each in units of its standard deviation over real cats."""
+    net = CatFeatures()
+    with InputError.explain(f"{path}: not the weights of CatFeatures; see study/judge.py"):
+        state = read_checkpoint(path)
+        body = {key[5:]: x for key, x in state.items() if key.startswith("body.")}
+        net.load_state_dict(body)
+        net[-1].weight.data /= state["unit"][:, None]
+        net[-1].bias.data /= state["unit"]
+    return net.eval().requires_grad_(False)
 
 
 # ---------- the distance
@@ -239,19 +266,28 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 # ---------- sets of images
 
+def identify(features):
+    """Return "inception", or the sha256 of the file of weights that has this path."""
+    if features == "inception":
+        return features
+    with InputError.explain(f"{features}: no weights; they come with the data"):
+        return hashlib.sha256(Path(features).read_bytes()).hexdigest()
+
+
 @functools.cache
 def network(features, weights, device):
-    net = untrained_inception() if features == "untrained" else load_inception(weights)
+    net = load_inception(weights) if features == "inception" else load_cat_features(features)
     return net.to(device)
 
 
 def read_npz(path, features):
-    """Return an .npz's statistics of these features, mu, sigma and N, or else its images."""
+    """Return an .npz's Statistics of these features, or else its images."""
     other = InputError.explain(f"{path}: not images (arr_0, uint8 NHWC) or statistics (mu, sigma) "
-                               f"of {features} features")
+                               f"of the features {features}")
     with other, open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's take 2 GB
-        if "mu" in file and str(file.get("features", "inception")) == features:
-            return file["mu"], file["sigma"], int(file.get("count", 0))
+        if "mu" in file and str(file.get("features", "inception")) == identify(features):
+            count = int(file.get("count", 0))
+            return Statistics(file["mu"], file["sigma"], count, file.get("others"))
         images = file["arr_0"]
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
@@ -273,9 +309,9 @@ def read_folder(paths, args):
 
 
 def measure(path, features, args, device):
-    """Return mu, sigma and N (0 if unknown) of a folder or an .npz."""
+    """Return the Statistics of a folder or an .npz."""
     images = find_images(path) if path.is_dir() else read_npz(path, features)
-    if isinstance(images, tuple):  # read_npz() found statistics
+    if isinstance(images, Statistics):
         return images
     if len(images) < 2:
         raise InputError(f"{path}: holds {len(images)} images; a covariance needs two")
@@ -289,7 +325,7 @@ def measure(path, features, args, device):
     for pixels in tqdm(batches, str(path), total, unit=" batches", disable=None):
         x = torch.from_numpy(pixels).to(device).movedim(3, 1)
         rows.append(net(x).cpu().numpy())  # [B,D]
-    return *statistics(np.concatenate(rows)), len(images)
+    return Statistics(*statistics(np.concatenate(rows)), len(images))
 
 
 def recorded(samples):
@@ -297,7 +333,7 @@ def recorded(samples):
     path = samples.absolute()
     try:
         record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        return record if record["features"] in LABELS else {}
+        return record if isinstance(record["features"], str) else {}
     except Exception:  # no file, or another program's
         return {}
 
@@ -321,19 +357,23 @@ def main(argv=None):
         raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
 
     theirs = measure(Path(reference), features, args, device) if reference else None
-    ours = measure(args.samples, features, args, device)
-    mu, sigma, n = ours
+    mu, sigma, n, _ = measure(args.samples, features, args, device)
     if args.save_stats:
         with write_whole(args.save_stats) as file:
-            np.savez(file, mu=mu, sigma=sigma, count=n, features=features)
+            np.savez(file, mu=mu, sigma=sigma, count=n, features=identify(features))
         print(f"{args.save_stats}: statistics of {n} images")
     if theirs:
+        name = "FID" if features == "inception" else "distance (not FID)"
         with InputError.explain(f"{args.samples}, {reference}: cannot be compared"):
-            distance = frechet_distance(mu, sigma, *theirs[:2])
-        few = 0 < n < len(mu) or 0 < theirs[2] < len(mu)
+            distance = frechet_distance(mu, sigma, theirs.mu, theirs.sigma)
+        if theirs.others is not None:
+            others = theirs.others[:n]
+            floor = frechet_distance(*statistics(others), theirs.mu, theirs.sigma)
+            print(f"{name} of {len(others)} other real images: {floor:.4f}")
+        few = 0 < n < len(mu) or 0 < theirs.count < len(mu)
         note = " (biased by few images; compare equal counts only)" if few else ""
-        print(f"{LABELS[features]}{note}, {n or 'unknown'} images ({args.samples}) against "
-              f"{theirs[2] or 'unknown'} ({reference}): {distance:.4f}")
+        print(f"{name}{note} of {n or 'unknown'} images ({args.samples}) to "
+              f"{theirs.count or 'unknown'} ({reference}): {distance:.4f}")
 
 
 if __name__ == "__main__":

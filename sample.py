@@ -144,13 +144,16 @@ def main(argv=None):
         compile_blocks(run.flow.model)
 
     reference = run.data.path / meta["reference"]
+    features = meta["features"]
+    if features != "inception":  # a file
+        features = str(run.data.path / features)
     record = {
         "ckpt": str(run.ckpt.resolve()),
         "step": run.step,
         "started": run.args.started,
         "data": str(run.data.path),
         "reference": str(reference) if reference.is_file() else None,
-        "features": meta["features"]
+        "features": features
     }
     names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
     record |= {name: getattr(args, name) for name in names} | beyond(args)

@@ -39,39 +39,28 @@ from torch import nn
 from tqdm import trange
 
 from demo.cats.cats import COATS, HERE, NUMBERS, cats, draw
-from demo.cats.make import HELD_OUT_SEED, TRAIN_SEED, MuonAndAdamW, encode
-from fid import frechet_distance, statistics
+from demo.cats.make import HELD_OUT_SEED, TRAIN_SEED, MuonAndAdamW, encode, save_images
+from fid import CatFeatures, frechet_distance, identify, statistics
 from vq import (InputError, from_pixels, load_vq, read_checkpoint, read_image, setup_process,
                 write_whole)
 
-WEIGHTS = Path(__file__).with_name("judge.pt")
+WEIGHTS = HERE / "judge.pt"
 NEIGHBOURS = 3                                      # k of precision and recall
 
 
 # ---------- the network
-
-def conv(c_in, c_out, side, stride):
-    layer = nn.Conv2d(c_in, c_out, side, stride, padding=side // 2, bias=False)
-    return nn.Sequential(layer, nn.BatchNorm2d(c_out), nn.SiLU())
-
 
 class Judge(nn.Module):
     """Read 64x64 pictures: 64 features, and from these the coat and the numbers."""
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(                  # [B,3,64,64]
-            conv(3, 32, 5, stride=2),               # [B,32,32,32]
-            conv(32, 48, 3, stride=2),              # [B,48,16,16]
-            conv(48, 64, 3, stride=2),              # [B,64,8,8]
-            conv(64, 64, 3, stride=1),
-            nn.Conv2d(64, 16, 1),
-            nn.Flatten(),                           # [B,1024]: where things are matters
-            nn.Linear(1024, 64))                    # [B,64]
+        self.body = CatFeatures()
         self.coat = nn.Linear(64, len(COATS))
         self.numbers = nn.Linear(64, len(NUMBERS))
         self.register_buffer("mean", torch.zeros(len(NUMBERS)))  # of the training cats' numbers
         self.register_buffer("std", torch.ones(len(NUMBERS)))
+        self.register_buffer("unit", torch.ones(64))  # deviations of the features of real cats
 
     def forward(self, x):
         """Map pictures [B,3,64,64] in [-1,1] to features [B,64], logits [B,10], numbers [B,M].
@@ -143,10 +132,21 @@ def train_judge(pixels, coats, numbers, epochs, batch_size, lr, device):
     return judge.eval().requires_grad_(False)
 
 
-def save_judge(judge):
-    """Write the weights as float16."""
+def save_judge(judge, vq):
+    """Write the weights as float16, and into reference.npz what fid.py compares samples with."""
+    pixels = np.load(HERE / "reference.npz")["arr_0"]
+    device = judge.mean.device
+    judge.half().float()                            # as they are stored
+    real, _, _ = reference(judge, vq, device)
+    judge.unit.copy_(torch.from_numpy(real.std(0)))
     with write_whole(WEIGHTS) as file:
         torch.save({name: x.half().cpu() for name, x in judge.state_dict().items()}, file)
+    others, _, _ = yardstick(judge, vq, np.arange(len(pixels)) % len(COATS), device)
+    unit = judge.unit.half().cpu().numpy().astype(np.float32)
+    mu, sigma = statistics(real / unit)
+    with write_whole(HERE / "reference.npz") as file:
+        save_images(file, pixels, mu=mu, sigma=sigma, count=len(real), others=others / unit,
+                    features=identify(WEIGHTS))
 
 
 # ---------- the figures
@@ -271,7 +271,8 @@ def train_and_test(args, device):
     batches = torch.from_numpy(codes).split(250)
     pixels = torch.cat([vq.decode_pixels(batch.to(device)) for batch in batches])
     print(f"{time.time() - start:.0f} s to draw and to decode {len(pixels)} cats", flush=True)
-    save_judge(train_judge(pixels, coats, numbers, args.epochs, args.batch_size, args.lr, device))
+    judge = train_judge(pixels, coats, numbers, args.epochs, args.batch_size, args.lr, device)
+    save_judge(judge, vq)
     size = WEIGHTS.stat().st_size
     print(f"{time.time() - start:.0f} s in all; {WEIGHTS} has {size:,} bytes")
 

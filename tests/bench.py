@@ -207,9 +207,7 @@ def inception(ours):
     """Prepare Inception features of 256x256 images: torch-fidelity's, or ours, frozen or not."""
     x = torch.randint(0, 256, (images("inception"), 3, 256, 256), dtype=torch.uint8)
     if ours:
-        with torch.device("cpu"):  # its weights are drawn by a generator there
-            net = fid.untrained_inception()
-        net.to(SETUP.device)
+        net = fid.InceptionV3().freeze()
     elif SETUP.against:
         package = types.ModuleType("torch_fidelity")  # without its __init__, for torchvision
         package.__path__ = [f"{SETUP.against}/torch_fidelity"]

@@ -162,12 +162,6 @@ def test_loading_and_freezing_change_no_feature(network, tmp_path):
         frozen(x.float() / 255)
 
 
-def test_untrained_features_are_always_the_same():
-    a, b = (fid.untrained_inception().Mixed_7c.branch1x1.conv.weight for _ in range(2))
-    assert torch.equal(a, b)
-    assert a.std() == pytest.approx((2 / 2048) ** 0.5, rel=0.01)
-
-
 # ---------- its weights
 
 def test_weights_come_from_the_hub_cache_or_a_download_or_are_refused_in_a_sentence(
@@ -220,9 +214,10 @@ def record(name, features, **more):  # as sample.py does
 def run(monkeypatch, tmp_path, capsys):
     """Run the command beside the folders a and b, of 7 and 5 images; return its last line."""
     monkeypatch.setattr(fid, "load_inception", lambda path: Colours())
-    untrained = torch.nn.Sequential(Colours(), torch.nn.Softmax(1))
-    monkeypatch.setattr(fid, "untrained_inception", lambda: untrained)
+    softmax = torch.nn.Sequential(Colours(), torch.nn.Softmax(1))
+    monkeypatch.setattr(fid, "load_cat_features", lambda path: softmax)
     monkeypatch.chdir(tmp_path)
+    Path("w.pt").write_bytes(b"the weights")
     folder("a", 7)
     folder("b", 5, seed=1)
 
@@ -237,7 +232,7 @@ def run(monkeypatch, tmp_path, capsys):
 def test_a_set_gives_the_same_number_as_folder_array_or_statistics(run, monkeypatch):
     np.savez("a.npz", arr_0=images(7))
     expected, line = run("a", "--ref", "b", "--save-stats", "a.dat")
-    assert line.startswith("FID on Inception features") and expected > 1
+    assert line.startswith("FID ") and expected > 1
     fid.main(["b", "--save-stats", "b.npz"])  # no reference: no number
     for batch in (1, 3, 100):
         monkeypatch.setattr(fid, "BATCH", batch)
@@ -281,12 +276,31 @@ def test_pictures_are_read_as_vq_py_reads_them(run):
 
 def test_statistics_are_taken_for_their_features_alone(run):
     fid.main(["b", "--save-stats", "b.npz"])
-    record("a", "untrained", reference="b.npz")
-    with pytest.raises(fid.InputError, match="b.npz.*untrained"):
+    record("a", "w.pt", reference="b.npz")
+    with pytest.raises(fid.InputError, match="b.npz.*w.pt"):
         run("a")
-    record("b", "untrained")
+    record("b", "w.pt")
     fid.main(["b", "--save-stats", "b.npz"])
     assert run("a")[0] == run("a", "--ref", "b")[0]
+    Path("w.pt").write_bytes(b"other weights of the same name")
+    with pytest.raises(fid.InputError, match="b.npz.*w.pt"):
+        run("a")
+    Path("w.pt").unlink()
+    with pytest.raises(fid.InputError, match="w.pt: "):
+        run("a")
+
+
+def test_what_other_real_images_score_stands_beside_the_distance(run, capsys):
+    rng = np.random.default_rng(0)
+    real = rng.normal(size=(400, 5))
+    mu, sigma = fid.statistics(real)
+    np.savez("real.npz", mu=mu, sigma=sigma, count=400, others=rng.normal(size=(9, 5)))
+    fid.main(["a", "--ref", "real.npz"])
+    floor, last = capsys.readouterr().out.splitlines()
+    assert "of 7 other real images" in floor and "7 images (a) to 400 (real.npz)" in last
+    others = np.load("real.npz")["others"][:7]
+    expected = fid.frechet_distance(*fid.statistics(others), mu, sigma)
+    assert float(floor.split()[-1]) == pytest.approx(expected, abs=1e-4)
 
 
 def test_statistics_beside_images_are_what_counts(run):
@@ -296,12 +310,12 @@ def test_statistics_beside_images_are_what_counts(run):
     np.savez("plain.npz", **foreign)
     value, line = run("a", "--ref", "adm.npz")
     assert value == run("a", "--ref", "plain.npz")[0] and "unknown (adm.npz)" in line
-    record("a", "untrained")  # foreign statistics are Inception's: for these the images count
+    record("a", "w.pt")  # foreign statistics are Inception's: for these the images count
     assert run("a", "--ref", "adm.npz")[0] == pytest.approx(run("a", "--ref", "b")[0]) != value
 
 
 def test_reference_and_features_are_those_that_sample_py_recorded(run):
-    record("a", "untrained", reference="b", num_samples=7)
+    record("a", "w.pt", reference="b", num_samples=7)
     value, line = run("a/")
     assert "not FID" in line and "7 images (a)" in line and "5 (b)" in line
     np.savez("a.npz", arr_0=images(7))  # perhaps not of these images
@@ -310,7 +324,7 @@ def test_reference_and_features_are_those_that_sample_py_recorded(run):
     (Path("a") / "000003.png").unlink()
     with pytest.raises(fid.InputError, match="a: images are missing"):
         run("a")
-    for text in ("", "[1]", json.dumps({"num_samples": 7, "reference": "b", "features": "clip"})):
+    for text in ("", "[1]", json.dumps({"num_samples": 7, "reference": "b"})):
         Path("a.json").write_text(text)
         with pytest.raises(fid.InputError, match="--ref"):
             run("a")

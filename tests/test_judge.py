@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import fid
 from demo.cats import cats
 from study import judge
 from vq import from_pixels, load_vq, save_image, to_pixels
@@ -59,3 +60,25 @@ def test_a_folder_and_a_sheet_are_read_alike(tmp_path):
     save_image(tmp_path / "a.png", images, columns=10)
     pixels, coats = judge.read_sheet(tmp_path / "a.png")
     assert (pixels == images).all() and coats.tolist() == [*range(10)] * 2
+
+
+def test_fid_py_measures_as_the_judge_does(tmp_path, capsys, monkeypatch):
+    """The committed weights and statistics belong together; the distance is the judge's."""
+    monkeypatch.chdir(tmp_path)
+    coats = np.arange(40) % 10
+    drawn = [cats.draw(np.random.default_rng(i), coat)[0] for i, coat in enumerate(coats)]
+    for i, image in enumerate(drawn):
+        save_image(f"a/{i:06d}.png", image)
+    note = dict(num_samples=40, features=str(judge.WEIGHTS),
+                reference=str(cats.HERE / "reference.npz"))
+    (tmp_path / "a.json").write_text(json.dumps(note))
+    fid.main(["a"])
+    floor, last = capsys.readouterr().out.splitlines()
+    vq = load_vq(cats.HERE / "tokenizer.pt")
+    net = judge.load_judge(CPU)
+    real = judge.reference(net, vq, CPU)
+    for line, seen in ((last, judge.look(net, np.stack(drawn))),
+                       (floor, judge.yardstick(net, vq, coats, CPU))):
+        expected = judge.figures(seen, coats, real)["distance"]
+        assert float(line.split()[-1]) == pytest.approx(expected, rel=0.01)
+    assert "not FID" in last

@@ -8,9 +8,11 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_train import ROOT, TORCHRUN, call, run_fixture  # noqa: F401
 
+import fid
 import sample
 from vq import InputError
 
@@ -82,7 +84,7 @@ def test_settings_change_the_images_and_are_recorded(trained, tiny_data):
     assert record("a") == dict(
         ckpt=str(Path("runs/a/ckpt.pt").resolve()), step=24, started=record("a")["started"],
         data=str(tiny_data), tau=0.9, cfg_scale=3, steps=3, seed=0, classes=[0, 1, 2], bf16=False,
-        num_samples=6, reference=str(tiny_data / "reference.npz"), features="untrained")
+        num_samples=6, reference=str(tiny_data / "reference.npz"), features="inception")
     with Image.open("a.png") as page:
         assert page.size == (3 * 34, 2 * 34)
     for name, flags, value in (
@@ -157,8 +159,9 @@ def test_the_documented_commands_work_one_after_the_other(tmp_path, tiny_data):
     assert "next: python sample.py" in last
     command = ROOT / "sample.py", "--tau", 0.9, "--num-samples", 6, "--steps", 2
     assert "next: python fid.py samples/" in call(tmp_path, *command)[-1]
-    last = call(tmp_path, ROOT / "fid.py", "samples/")[-1]
-    assert "not FID" in last and "6 images" in last and float(last.split()[-1]) > 0
+    torch.save(fid.InceptionV3().state_dict(), tmp_path / "w.pth")
+    last = call(tmp_path, ROOT / "fid.py", "samples/", "--weights", "w.pth")[-1]
+    assert last.startswith("FID ") and "6 images" in last and float(last.split()[-1]) > 0
     call(tmp_path, *TORCHRUN, *command, "--out", "two")
     for path in tmp_path.glob("samples/*.png"):  # two processes make what one makes
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

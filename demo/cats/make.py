@@ -208,11 +208,12 @@ def decode(vq, codes, device):
 
 # ---------- the files
 
-def save_images(file, images):
+def save_images(file, images, **more):
     """Write images as arr_0 of an .npz. LZMA makes it a fifth smaller than savez_compressed."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_LZMA) as archive:
-        with archive.open("arr_0.npy", "w") as member:
-            np.lib.format.write_array(member, images)
+        for name, array in {"arr_0": images, **more}.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                np.lib.format.write_array(member, np.asarray(array))
 
 
 def save(folder, vq, codes, labels, reference):
@@ -222,7 +223,7 @@ def save(folder, vq, codes, labels, reference):
         torch.save({"config": CONFIG, "state_dict": state}, file)
     sha256 = load_vq(folder / "tokenizer.pt").sha256
     meta = dict(tokenizer="tokenizer.pt", tokenizer_sha256=sha256, image_size=64,
-                classes=list(COATS), reference="reference.npz", features="untrained")
+                classes=list(COATS), reference="reference.npz", features="judge.pt")
     with write_whole(folder / "codes.npy") as file:
         np.save(file, codes.numpy().astype(np.uint16))
     with write_whole(folder / "labels.npy") as file:
