@@ -10,13 +10,12 @@ The distance is that of two Gaussians, of the mean mu and covariance S of 2048 I
 
 A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or statistics (mu,
 sigma). The number is torch-fidelity's on the same images and weights. For the demo's cats, a small
-network that has learnt to read cats takes Inception's place: their distance is not FID.
+network that has learnt to read cats takes Inception's place: reference.npz holds its weights.
 
 Shapes: B batch, N images, C channels, H W pixels, D features.
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
 import re
@@ -29,15 +28,16 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vq import (InputError, crop, find_images, read_ahead, read_checkpoint, read_image,
-                setup_process, write_whole)
+from vq import (InputError, crop, find_images, read_ahead, read_image, setup_process,
+                write_whole)
 
 URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
 BATCH = 32
 
-# Of a set's features: mean, covariance, number of images (0: unknown), and those of others like it.
-Statistics = namedtuple("Statistics", "mu sigma count others", defaults=(0, None))
+# Mean and covariance of a set's features, number of images (0: unknown), features of others like
+# them, and the weights of CatFeatures if these are its features.
+Statistics = namedtuple("Statistics", "mu sigma count others weights", defaults=(None, None))
 
 
 # ---------- the network
@@ -223,16 +223,6 @@ def load_inception(path=None):
     return net.freeze()
 
 
-def load_cat_features(path):
-    """Load frozen CatFeatures, each in units of its standard deviation over real cats."""
-    net = CatFeatures()
-    with InputError.explain(f"{path}: not the weights of CatFeatures; see study/judge.py"):
-        state = read_checkpoint(path)
-        body = {key[5:]: x for key, x in state.items() if key.startswith("body.")}
-        net.load_state_dict(body)
-        net[-1].weight.data /= state["unit"][:, None]
-        net[-1].bias.data /= state["unit"]
-    return net.eval().requires_grad_(False)
 
 
 # ---------- the distance
@@ -266,30 +256,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 # ---------- sets of images
 
-def identify(features):
-    """Return "inception", or the sha256 of the file of weights that has this path."""
-    if features == "inception":
-        return features
-    with InputError.explain(f"{features}: no weights; they come with the data"):
-        return hashlib.sha256(Path(features).read_bytes()).hexdigest()
-
-
 @functools.cache
-def network(features, weights, device):
-    net = load_inception(weights) if features == "inception" else load_cat_features(features)
-    return net.to(device)
+def inception(path, device):
+    return load_inception(path).to(device)
 
 
-def read_npz(path, features):
-    """Return an .npz's Statistics of these features, or else its images."""
-    other = InputError.explain(f"{path}: not images (arr_0, uint8 NHWC) or statistics (mu, sigma) "
-                               f"of the features {features}")
+def read_npz(path):
+    """Return an .npz's Statistics or else its images."""
+    other = InputError.explain(f"{path}: not images (arr_0, uint8 NHWC) or statistics (mu, sigma)")
     with other, open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's take 2 GB
-        if "mu" in file and str(file.get("features", "inception")) == identify(features):
+        if "mu" in file:
+            weights = {key: file[key] for key in CatFeatures().state_dict() if key in file}
             count = int(file.get("count", 0))
-            return Statistics(file["mu"], file["sigma"], count, file.get("others"))
+            return Statistics(file["mu"], file["sigma"], count, file.get("others"), weights)
         images = file["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
         return images
 
@@ -308,9 +289,9 @@ def read_folder(paths, args):
         yield np.stack(images)
 
 
-def measure(path, features, args, device):
-    """Return the Statistics of a folder or an .npz."""
-    images = find_images(path) if path.is_dir() else read_npz(path, features)
+def measure(path, weights, args, device):
+    """Return the Statistics of a folder or an .npz; weights: of CatFeatures, or empty."""
+    images = find_images(path) if path.is_dir() else read_npz(path)
     if isinstance(images, Statistics):
         return images
     if len(images) < 2:
@@ -319,7 +300,12 @@ def measure(path, features, args, device):
         batches = read_folder(images, args)
     else:
         batches = (images[i:i + BATCH] for i in range(0, len(images), BATCH))
-    net = network(features, args.weights, device)
+    if weights:
+        net = CatFeatures().eval().requires_grad_(False)
+        net.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()})
+        net.to(device)
+    else:
+        net = inception(args.weights, device)
     rows = []
     total = math.ceil(len(images) / BATCH)
     for pixels in tqdm(batches, str(path), total, unit=" batches", disable=None):
@@ -333,7 +319,7 @@ def recorded(samples):
     path = samples.absolute()
     try:
         record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        return record if isinstance(record["features"], str) else {}
+        return record if record["num_samples"] + len(Path(record["reference"]).name) else {}
     except Exception:  # no file, or another program's
         return {}
 
@@ -349,21 +335,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     _, _, device = setup_process()
     record = recorded(args.samples)
-    features = record.get("features", "inception")
     reference = args.ref or record.get("reference")
+    if args.size is not None and args.size < 1:
+        parser.error("--size: give a positive number")
     if not (reference or args.save_stats):
         raise InputError(f"{args.samples}: has no recorded reference; give --ref")
     if record and len(find_images(args.samples)) < record.get("num_samples", 0):
         raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
 
-    theirs = measure(Path(reference), features, args, device) if reference else None
-    mu, sigma, n, _ = measure(args.samples, features, args, device)
+    theirs = measure(Path(reference), {}, args, device) if reference else None
+    weights = theirs.weights or {} if theirs else {}
+    mu, sigma, n, *_ = measure(args.samples, weights, args, device)
     if args.save_stats:
         with write_whole(args.save_stats) as file:
-            np.savez(file, mu=mu, sigma=sigma, count=n, features=identify(features))
+            np.savez(file, mu=mu, sigma=sigma, count=n, **weights)
         print(f"{args.save_stats}: statistics of {n} images")
     if theirs:
-        name = "FID" if features == "inception" else "distance (not FID)"
+        name = "distance (not FID)" if weights else "FID"
         with InputError.explain(f"{args.samples}, {reference}: cannot be compared"):
             distance = frechet_distance(mu, sigma, theirs.mu, theirs.sigma)
         if theirs.others is not None:

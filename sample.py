@@ -9,7 +9,9 @@ number of processes makes the same images, and the same command resumes.
 OUT.json records the flags; OUT.png is a sheet.
 """
 import argparse
+import functools
 import math
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,12 +29,11 @@ TAU = {"purrception": 0.9, "dfm": 1.0}  # defaults; regressions have no temperat
 
 def pick_classes(wanted, names):
     """Convert class names to numbers. Where no name is a number, numbers may be given, too."""
-    known = {name: i for i, name in enumerate(names)}
-    numbers = {str(i): i for i in range(len(names))}
-    if not known.keys() & numbers.keys():
-        known |= numbers
+    known = {name: i for i, name in enumerate(names) if names.count(name) == 1}
+    if not any(name.isdigit() for name in names):
+        known |= {str(i): i for i in range(len(names))}
     try:
-        return [known[x] for x in wanted or names]
+        return [known[x] for x in wanted] if wanted else list(range(len(names)))
     except KeyError as error:
         raise InputError(f"--classes: {error} is not one of {list(known)}")
 
@@ -64,9 +65,8 @@ def draw(run, args, indices):
     return run.vq.decode_pixels(codes)
 
 
-def fill_folder(run, args, rank, world):
-    """Make this process's share of the missing images."""
-    paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
+def fill_folder(run, args, paths, rank, world, is_ours):
+    """Make this process's share of the missing images, while is_ours() does not object."""
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     n = args.per_proc_batch_size
     saving = []
@@ -75,9 +75,9 @@ def fill_folder(run, args, rank, world):
             batch = todo[at:at + n]
             pixels = draw(run, args, batch)
             list(saving)  # wait for the last batch, or raise its error
+            is_ours()
             saving = pool.map(save_image, [paths[i] for i in batch], pixels)
         list(saving)
-    return paths
 
 
 def parse(argv):
@@ -97,16 +97,19 @@ def parse(argv):
     add("--steps", type=int, default=100, help="steps, one network call each")
     add("--order", type=int, choices=(1, 2), default=1, help="2: ten steps are enough (*)")
     add("--seed", type=int, default=0, help="seed of the noise")
-    add("--out", type=Path, default="samples", help="folder for the PNG files")
+    add("--out", type=Path, help="folder for the PNG files; None: samples/, made anew if need be")
     add("--per-proc-batch-size", type=int, default=64, help="images in a batch")
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: on GPUs")
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.tau is not None and not args.tau > 0:
-        parser.error("--steps and --tau: give positive numbers")
+    counts = args.steps, args.num_samples, args.per_proc_batch_size, args.seed + 1
+    if min(counts) < 1 or args.tau is not None and not args.tau > 0:
+        parser.error("--steps, --num-samples, --per-proc-batch-size, --tau: give positive numbers")
     if not math.isfinite(args.cfg_scale):
         parser.error("--cfg-scale: give a finite number")
-    if args.out.name in ("", ".."):
+    if args.cfg_interval != [0, 1] and args.cfg_scale == 1:
+        parser.error("--cfg-interval: give a --cfg-scale, too")
+    if args.out and args.out.name in ("", ".."):
         parser.error("--out: give a folder's name")
     return args
 
@@ -144,29 +147,35 @@ def main(argv=None):
         compile_blocks(run.flow.model)
 
     reference = run.data.path / meta["reference"]
-    features = meta["features"]
-    if features != "inception":  # a file
-        features = str(run.data.path / features)
     record = {
         "ckpt": str(run.ckpt.resolve()),
         "step": run.step,
         "started": run.args.started,
+        "weights": f"{run.flow.model.final_layer.linear.weight.double().norm():.8g}",
         "data": str(run.data.path),
-        "reference": str(reference) if reference.is_file() else None,
-        "features": features
+        "reference": str(reference) if reference.is_file() else None
     }
     names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
     record |= {name: getattr(args, name) for name in names} | beyond(args)
-    claim_folder(args.out, Path(f"{args.out}.json"), record, rank)
+    remake = args.out is None
+    args.out = args.out or Path("samples")
+    claim = functools.partial(claim_folder, args.out, Path(f"{args.out}.json"), record)
+    claim(rank, remake)
+    paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     if rank == 0:
         Path(f"{args.out}.png").unlink(missing_ok=True)  # it may be of other images
-    paths = fill_folder(run, args, rank, world)
+        for path in {*args.out.glob("[0-9]*.png")} - {*paths}:  # fid.py would count them
+            if not remake:
+                raise InputError(f"--out {args.out}: holds more images; give another folder")
+            path.unlink()
+    fill_folder(run, args, paths, rank, world, lambda: claim(rank=1))
     if rank == 0:
         wait_for(lambda: all(path.exists() for path in paths))
         shown = np.stack([Image.open(path) for path in paths[:100]])
         save_image(f"{args.out}.png", shown, min(10, len(args.classes)))
         print(f"{len(paths)} images in {args.out}/, a sheet in {args.out}.png")
-        print(f"next: python fid.py {args.out}/")
+        if record["reference"]:
+            print(f"next: python fid.py {shlex.quote(str(args.out))}/")
 
 
 if __name__ == "__main__":

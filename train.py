@@ -16,10 +16,12 @@ import argparse
 import contextlib
 import copy
 import functools
+import glob
 import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -47,15 +49,15 @@ Data = namedtuple("Data", "path meta codes flipped labels readable")
 
 
 # What meta.json holds.
-ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str, features=str)
+ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)
 
 
 def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
-    path = Path(path).resolve()
+    path = Path(os.path.realpath(path))
     if not (path / "meta.json").exists():
-        raise InputError(f"--data {path}: not a data directory; to make one from images: "
-                         f"python vq.py {path} --vq TOKENIZER --out data/{path.name}")
+        raise InputError(f"--data {path}: not a data directory; if it has moved, give --data; for "
+                         f"images: python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
     with InputError.explain(f"--data {path}: unusable; encode the images again"):
         meta = json.loads((path / "meta.json").read_text())
         for key, kind in ENTRIES.items():
@@ -66,12 +68,13 @@ def open_data(path, device):
         flipped = np.load(mirrored, mmap_mode="r") if mirrored.exists() else codes
         labels = np.load(path / "labels.npy")
         side = codes.shape[1]
-        if not codes.shape == flipped.shape == (len(labels), side, side):
+        if not codes.shape == flipped.shape == (*labels.shape, side, side):
             raise ValueError("codes and labels differ in size")
         if not codes.size or not codes.dtype == flipped.dtype == np.uint16:
             raise ValueError("the codes are none, or not uint16")
-        if labels.max() not in range(len(meta["classes"])):  # -1: an unreadable image
-            raise ValueError("no image is readable, or a label has no class")
+        names = [name for name in meta["classes"] if isinstance(name, str)]
+        if labels.dtype.kind not in "iu" or labels.max() not in range(len(names)):
+            raise ValueError("no image is readable, or a label has no class with a name")
     vq = load_vq(path / meta["tokenizer"], device)
     found = meta | {"tokenizer_sha256": vq.sha256}
     meta = found | meta
@@ -117,6 +120,8 @@ def build(args, data, codebook):
     """Build the method and its network from args, for Data and its codebook [K,d]."""
     K, d = codebook.shape
     size = SIZES[args.model]
+    if data.codes.shape[1] % size["patch_size"]:
+        raise InputError(f"--model {args.model}: its patches do not fill the grid; give another")
     objective = OBJECTIVES[args.objective]
     regression = issubclass(objective, CFM)
     model = DiT(
@@ -168,10 +173,12 @@ def update_ema(ema, model, decay):
 
 def newest(folder, *patterns):
     """Return the newest file whose name fits a pattern, in a folder or, with **/, below it."""
-    files = [file for pattern in patterns for file in Path(folder).glob(pattern)]
+    files = [file for pattern in patterns
+             for file in glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
+             if os.path.exists(file)]
     if not files:
         raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
-    return max(files, key=os.path.getmtime)
+    return Path(max(files, key=os.path.getmtime))
 
 
 def new_run(name=None):
@@ -180,8 +187,8 @@ def new_run(name=None):
     while Path("runs", f"{i:03d}").exists():
         i += 1
     run = Path("runs", name or f"{i:03d}")
-    with contextlib.suppress(OSError):
-        run.rmdir()  # empty: killed at its start
+    if not any(run.glob("[!.]*")):
+        shutil.rmtree(run, ignore_errors=True)  # of a process killed at its start
     with InputError.explain(f"--name {run.name}: give --resume or another name"):
         run.mkdir(parents=True)
     return run
@@ -279,6 +286,19 @@ def backward(ddp, codes, y, noise, args):
     return losses
 
 
+def describe(args, data, flow, world):
+    """Print what is about to be trained, and what of it goes beyond the paper."""
+    N, side, _ = data.codes.shape
+    flips = "not " if data.flipped is data.codes else ""
+    size = sum(p.numel() for p in flow.model.parameters()) / 1e6
+    beyond = [name for name in ("geometric_head", "logit_normal", "cooldown") if vars(args)[name]]
+    print(f"data: {args.data}, {N} images of {len(args.classes)} classes, {flips}mirrored, "
+          f"{side}x{side} codes of {len(flow.codebook)}")
+    print(f"network: {args.objective}, {args.model}, {size:.1f} million parameters")
+    print(f"device: {world} {flow.codebook.device.type}, {'bf16' if args.bf16 else 'float32'}")
+    print(f"recipe.txt: {args.recipe or 'none'}; beyond the paper: {beyond or 'nothing'}")
+
+
 @contextlib.contextmanager
 def catch_signals():
     """Yield a list that signals to stop add to."""
@@ -311,7 +331,10 @@ def train(args, data, vq, run, stop, rank, world, device):
     if world > 1:
         agree(vars(args) | dict(checkpoint=str(ckpt), step=start, started=""))
     if rank == 0:
-        print(f"checkpoint: {ckpt}, step {start} of {args.steps}")
+        print(f"checkpoint: {ckpt}, step {start} of {args.steps}, in {run}/")
+        describe(args, data, flow, world)
+        with write_whole(run / "args.json") as file:
+            file.write(json.dumps(vars(args), indent=1).encode())
     if args.compile:
         compile_blocks(flow.model)
     ddp = flow
@@ -357,14 +380,15 @@ def train(args, data, vq, run, stop, rank, world, device):
         if rank == 0 and (done == 1 or done % args.log_every == 0):
             speed = seen / seconds
             record = dict(zip(losses, means), grad_norm=grad_norm, lr=lr, images_per_second=speed)
-            with open(run / "log.jsonl", "a") as file:
+            log = run / "log.jsonl"
+            with InputError.explain(f"{log}: cannot be written"), open(log, "a") as file:
                 file.write(json.dumps({"step": done, **record}) + "\n")
             bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s")
             seen = seconds = 0
         # The numbered checkpoint comes first: a run killed between the two would never write it.
         if rank == 0 and due(args.keep_every, done, args):
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
-        if rank == 0 and (stopping or due(args.ckpt_every, done, args)):
+        if rank == 0 and (stopping or done == args.steps or due(args.ckpt_every, done, args)):
             save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
         if rank == 0 and due(args.sample_every, done, args):
             save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
@@ -413,6 +437,7 @@ def flags():
     add("--ckpt-every", type=int, default=25_000, help="steps between checkpoints")
     add("--keep-every", type=int, default=0, help="steps between those kept; 0: none")
     add("--sample-every", type=int, default=5000, help="steps between pictures; 0: none")
+    parser.set_defaults(started="", recipe="")
     return parser
 
 
@@ -421,19 +446,24 @@ def parse(argv=None):
     parser = flags()
     words = sys.argv[1:] if argv is None else list(argv)
     first, _ = parser.parse_known_args(words)
-    parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"), recipe="")
+    run = None
+    recipe = Path(first.data, "recipe.txt")
+    parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
     if first.resume:
         below = "" if first.name else "**/"
         last = newest(f"runs/{first.name or ''}", f"{below}args.json", f"{below}ckpt*.pt")
         parser.set_defaults(**load_checkpoint(last)[0])
-        return parser.parse_args(words), last.parent
-    recipe = Path(first.data, "recipe.txt")
-    if recipe.exists():
+        run = last.parent
+    elif os.path.exists(recipe):
         with InputError.explain(f"{recipe}: unreadable; mend or remove it"):
             more = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
         parser.set_defaults(recipe=" ".join(more))
         words = more + words
-    return parser.parse_args(words), None
+    args = parser.parse_args(words)
+    counts = args.steps, args.global_batch_size, args.accumulate, args.log_every, args.seed + 1
+    if min(counts) < 1:
+        parser.error("--steps, --global-batch-size, --accumulate, --log-every: give positive ones")
+    return args, run
 
 
 def main(argv=None):
@@ -453,16 +483,13 @@ def main(argv=None):
     name = args.name
     del args.name, args.resume  # the others are the run's
     if rank == 0:
-        print("recipe.txt:", args.recipe or "none")
         run = run or new_run(name)
-        with write_whole(run / "args.json") as file:
-            file.write(json.dumps(vars(args), indent=1).encode())
     with catch_signals() as stop:
         done = train(args, data, vq, run, stop, rank, world, device)
     if rank == 0:
         advice = f"sample.py --ckpt {shlex.quote(f'{run}/ckpt.pt')}"
         if done < args.steps:
-            advice = f"train.py --name {shlex.quote(str(run.relative_to('runs')))} --resume"
+            advice = f"train.py --name {shlex.quote(os.path.relpath(run, 'runs'))} --resume"
         print(f"{run}/ckpt.pt: {done} of {args.steps} steps; next: python {advice}")
     if world > 1:
         dist.barrier()  # NCCL's groups must end together

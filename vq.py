@@ -21,6 +21,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import sys
 import time
 from collections import OrderedDict
@@ -266,7 +267,7 @@ def load_vq(path, device="cpu"):
             state = {k: x for k, x in file["state_dict"].items() if not k.startswith(extra)}
             config = config_of(state)
         else:  # LlamaGen, which samples with the averaged weights
-            state = from_llamagen(file["ema"] if "ema" in file else file["model"])
+            state = from_llamagen(file.get("ema") or file["model"])
             config = config_of(state) | {"l2_norm": True}
         with torch.device("meta"):
             vq = VQ(**config)
@@ -304,7 +305,7 @@ def list_images(root):
     for label, name in enumerate(classes):
         paths += groups[name]
         labels += [label] * len(groups[name])
-    return paths, labels, classes
+    return paths, np.array(labels), classes
 
 
 def open_arrays(args, labels, side, rank):
@@ -313,11 +314,18 @@ def open_arrays(args, labels, side, rank):
     arrays = {"codes.npy": blank, "codes_flip.npy": blank, "labels.npy": labels}
     if not args.flip:
         del arrays["codes_flip.npy"]
-    for name, array in arrays.items():  # in full size, so a full disk shows now
-        if rank == 0 and not (args.out / name).exists():
+
+    def whole(name):
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            found = np.load(args.out / name, mmap_mode="r")
+            return found.shape == arrays[name].shape and found.dtype == arrays[name].dtype
+
+    if rank == 0 and not all(map(whole, arrays)):  # what one lacks, the others may be wrong about
+        (args.out / "labels.npy").unlink(missing_ok=True)
+        for name, array in arrays.items():  # in full size, so a full disk shows now
             with write_whole(args.out / name) as file:
                 np.save(file, array)
-    wait_for((args.out / "labels.npy").exists)
+    wait_for(lambda: all(map(whole, arrays)))
     return [np.load(args.out / name, mmap_mode="r+") for name in arrays]
 
 
@@ -335,7 +343,7 @@ def encode_folder(args, vq, rank, world, device):
         tokenizer_sha256=vq.sha256,
         image_size=args.size, classes=classes, flip=args.flip,
         files=hashlib.sha256(files.encode()).hexdigest(),
-        reference="reference.npz", features="inception")
+        reference="reference.npz")
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
@@ -365,7 +373,7 @@ def encode_folder(args, vq, rank, world, device):
         wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
         bad = (labels < 0).sum()
         print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} left out")
-        print(f"next: python train.py --data {args.out}")
+        print(f"next: python train.py --data {shlex.quote(str(args.out))}")
 
 
 def reconstruct(args, vq, device):
@@ -400,8 +408,9 @@ def main():
     vq = load_vq(args.vq, device)
     if len(vq.codebook) > EMPTY:
         raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
-    if args.size <= 0 or args.size % vq.factor:
-        raise InputError(f"--size {args.size}: give a positive multiple of {vq.factor}")
+    if min(args.size, args.batch_size) < 1 or args.size % vq.factor:
+        raise InputError(f"--size {args.size}: give a positive multiple of {vq.factor}; "
+                         f"--batch-size {args.batch_size}: a positive number")
     if args.images:
         encode_folder(args, vq, rank, world, device)
     elif rank == 0:
@@ -430,18 +439,18 @@ def to_pixels(x):
 def find_images(folder, seen=None):
     """List the pictures in a folder and those below, which are entered once."""
     seen = set() if seen is None else seen
-    real = folder.resolve()
-    with InputError.explain(f"{folder}: unreadable folder"):
-        paths = sorted(folder.iterdir()) if real not in seen else []
-    seen.add(real)
     found = []
-    for path in paths:
-        if path.name.startswith((".", "__MACOSX")):  # hidden
-            continue
-        if path.is_dir():
-            found += find_images(path, seen)
-        elif path.suffix.lower() in SUFFIXES:
-            found.append(path)
+    with InputError.explain(f"{folder}: unreadable folder"):
+        real = folder.resolve()
+        paths = sorted(folder.iterdir()) if real not in seen else []
+        seen.add(real)
+        for path in paths:
+            if path.name.startswith((".", "__MACOSX")):  # hidden
+                continue
+            if path.is_dir():
+                found += find_images(path, seen)
+            elif path.suffix.lower() in SUFFIXES:
+                found.append(path)
     return found
 
 
@@ -453,7 +462,9 @@ def read_image(path):
         with contextlib.suppress(Exception):  # damaged EXIF data: do not rotate
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            grey = np.asarray(image)
+            clear = grey == image.info.get("transparency")
+            image = Image.fromarray(np.where(clear, 255, grey >> 8).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
@@ -560,8 +571,8 @@ def wait_for(ready, limit=math.inf):
         time.sleep(0.2)
 
 
-def claim_folder(folder, note, record, rank):
-    """Write record to the file `note`, or refuse a folder that another record made."""
+def claim_folder(folder, note, record, rank, remake=False):
+    """Write record to the file `note`, or refuse or remake a folder that another record made."""
     free = {"num_samples": 0, "tokenizer": ""}  # may differ; the tokenizer's sha256 counts
     ours = record | free
 
@@ -569,6 +580,13 @@ def claim_folder(folder, note, record, rank):
         with InputError.explain(f"{note}: describes other files; give another --out"):
             return free if not note.exists() else json.loads(note.read_text()) | free
 
+    if rank == 0 and remake and "ckpt" in theirs():
+        try:
+            InputError.compare(f"{folder}/ is made anew", theirs(), ours)
+        except InputError as change:
+            print(change)
+            for path in folder.glob("[0-9]*.png"):
+                path.unlink()
     if rank == 0 and (theirs() == ours or not any(folder.glob("[!.]*"))):
         with write_whole(note) as file:
             file.write(json.dumps(record, indent=1).encode())
@@ -580,11 +598,13 @@ def setup_process():
     """Return rank, world size and device, as torchrun sets them. Make any text printable."""
     with contextlib.suppress(AttributeError):  # a notebook prints all
         sys.stdout.reconfigure(errors="backslashreplace")
-    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"
-    given = [os.environ.get(name) for name in names]
-    if any(given[:3]) and not all(given):
-        raise InputError(f"{', '.join(names)}: set all, as torchrun does, or none")
-    rank, local, world = map(int, given[:3] if all(given) else (0, 0, 1))
+    rank, local, world = 0, 0, 1
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"
+    if any(os.environ.get(name) for name in names[:3]):
+        with InputError.explain(f"{' '.join(names)} MASTER_ADDR: set all (see torchrun) or none"):
+            rank, local, world, _ = (int(os.environ[name]) for name in names)
+            if not 0 <= local <= rank < world or not os.environ["MASTER_ADDR"]:
+                raise ValueError("they do not fit together")
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32
     if torch.cuda.device_count() == 0:
         return rank, world, torch.device("cpu")

@@ -40,11 +40,11 @@ from tqdm import trange
 
 from demo.cats.cats import COATS, HERE, NUMBERS, cats, draw
 from demo.cats.make import HELD_OUT_SEED, TRAIN_SEED, MuonAndAdamW, encode, save_images
-from fid import CatFeatures, frechet_distance, identify, statistics
+from fid import CatFeatures, frechet_distance, statistics
 from vq import (InputError, from_pixels, load_vq, read_checkpoint, read_image, setup_process,
                 write_whole)
 
-WEIGHTS = HERE / "judge.pt"
+WEIGHTS = Path(__file__).with_name("judge.pt")
 NEIGHBOURS = 3                                      # k of precision and recall
 
 
@@ -60,7 +60,6 @@ class Judge(nn.Module):
         self.numbers = nn.Linear(64, len(NUMBERS))
         self.register_buffer("mean", torch.zeros(len(NUMBERS)))  # of the training cats' numbers
         self.register_buffer("std", torch.ones(len(NUMBERS)))
-        self.register_buffer("unit", torch.ones(64))  # deviations of the features of real cats
 
     def forward(self, x):
         """Map pictures [B,3,64,64] in [-1,1] to features [B,64], logits [B,10], numbers [B,M].
@@ -133,20 +132,26 @@ def train_judge(pixels, coats, numbers, epochs, batch_size, lr, device):
 
 
 def save_judge(judge, vq):
-    """Write the weights as float16, and into reference.npz what fid.py compares samples with."""
-    pixels = np.load(HERE / "reference.npz")["arr_0"]
-    device = judge.mean.device
-    judge.half().float()                            # as they are stored
-    real, _, _ = reference(judge, vq, device)
-    judge.unit.copy_(torch.from_numpy(real.std(0)))
+    """Write the weights as float16, and into reference.npz what fid.py compares samples with.
+
+    There, each feature is in units of its standard deviation over real cats.
+    """
     with write_whole(WEIGHTS) as file:
         torch.save({name: x.half().cpu() for name, x in judge.state_dict().items()}, file)
-    others, _, _ = yardstick(judge, vq, np.arange(len(pixels)) % len(COATS), device)
-    unit = judge.unit.half().cpu().numpy().astype(np.float32)
+    device = judge.mean.device
+    judge = load_judge(device)                      # as it is stored
+    pixels = np.load(HERE / "reference.npz")["arr_0"]
+    real, coats, _ = reference(judge, vq, device)
+    others, _, _ = yardstick(judge, vq, coats, device)
+    unit = real.std(0)
     mu, sigma = statistics(real / unit)
+    last = judge.body[-1]
+    last.weight /= torch.from_numpy(unit).to(device)[:, None]
+    last.bias /= torch.from_numpy(unit).to(device)
+    weights = {name: x.cpu().numpy() for name, x in judge.body.state_dict().items()}
     with write_whole(HERE / "reference.npz") as file:
         save_images(file, pixels, mu=mu, sigma=sigma, count=len(real), others=others / unit,
-                    features=identify(WEIGHTS))
+                    **weights)
 
 
 # ---------- the figures

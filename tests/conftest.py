@@ -47,7 +47,7 @@ def tiny_data(tmp_path, tiny_vq):
     np.save(path / "codes.npy", codes.astype(np.uint16))
     np.savez(path / "reference.npz", arr_0=rng.integers(0, 256, (8, 32, 32, 3), dtype=np.uint8))
     meta = dict(tokenizer=str(tiny_vq), image_size=32, classes=["black", "white", "ginger tabby"],
-                reference="reference.npz", features="inception")
+                reference="reference.npz")
     (path / "meta.json").write_text(json.dumps(meta))
     return path
 

@@ -14,6 +14,7 @@ from test_train import ROOT, TORCHRUN, call, run_fixture  # noqa: F401
 
 import fid
 import sample
+import train
 from vq import InputError
 
 
@@ -84,7 +85,7 @@ def test_settings_change_the_images_and_are_recorded(trained, tiny_data):
     assert record("a") == dict(
         ckpt=str(Path("runs/a/ckpt.pt").resolve()), step=24, started=record("a")["started"],
         data=str(tiny_data), tau=0.9, cfg_scale=3, steps=3, seed=0, classes=[0, 1, 2], bf16=False,
-        num_samples=6, reference=str(tiny_data / "reference.npz"), features="inception")
+        num_samples=6, reference=str(tiny_data / "reference.npz"), weights=record("a")["weights"])
     with Image.open("a.png") as page:
         assert page.size == (3 * 34, 2 * 34)
     for name, flags, value in (
@@ -106,16 +107,67 @@ def test_classes_are_taken_in_turn_by_name_or_number(trained):
     for wrong in ("blue", "3"):
         with pytest.raises(InputError, match="--classes"):
             sample.pick_classes([wrong], names)
+    assert sample.pick_classes(None, ["crane", "crane"]) == [0, 1]
+    for names, wanted in ((["crane", "crane"], "crane"), (["10", "20"], "1")):
+        with pytest.raises(InputError, match="--classes"):
+            sample.pick_classes([wanted], names)
     months = sorted(map(str, range(1, 13)))
     assert sample.pick_classes(["1", "2", "10"], months) == [0, 4, 1]  # names, not numbers
     with pytest.raises(InputError, match="--classes: '0'"):
         sample.pick_classes(["0", "1"], months)
 
 
+def test_two_commands_do_not_mix_in_a_folder(trained, monkeypatch):
+    """The second takes the folder, still empty, while the first draws its first images."""
+    def overtaken(*arguments):
+        monkeypatch.setattr(sample, "draw", draw)
+        make("a", "--seed", 2)
+        return draw(*arguments)
+
+    draw = sample.draw
+    monkeypatch.setattr(sample, "draw", overtaken)
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 10**6, 100)).__next__)
+    with pytest.raises(InputError, match="--out a: .*seed is 2 there, 1 here"):
+        make("a", "--seed", 1)
+    assert (make("a", "--seed", 2) == make("b", "--seed", 2)).all()
+
+
+def test_two_trainings_of_a_run_do_not_mix_in_a_folder(run):
+    run("a", "--steps", 6, "--keep-every", 3)
+    make("s")
+    for name in ("ckpt.pt", "ckpt-0000006.pt"):
+        Path("runs/a", name).unlink()
+    train.main(["--name", "a", "--resume", "--lr", "0.05"])
+    with pytest.raises(InputError, match="--out s: .*weights is"):
+        make("s", n=8)
+
+
+def test_the_default_folder_is_made_anew_and_a_named_one_is_not(trained, capsys):
+    def default(*flags):
+        sample.main(["--steps", "2", *map(str, flags)])
+        return sorted(path.name for path in Path("samples").iterdir()), capsys.readouterr().out
+
+    files, out = default("--num-samples", 5)
+    assert len(files) == 5 and "anew" not in out
+    files, out = default("--num-samples", 3, "--tau", 0.5)
+    assert len(files) == 3 and "samples/ is made anew: tau is 0.9 there, 0.5 here" in out
+    files, out = default("--num-samples", 2, "--tau", 0.5)
+    assert len(files) == 2 and record("samples")["num_samples"] == 2
+    make("named", n=4)
+    with pytest.raises(InputError, match="--out named: holds more images"):
+        make("named", n=3)
+    Path("samples.json").write_text('{"owner": "another program"}')
+    Path("samples/photo.png").write_text("valuable")
+    with pytest.raises(InputError, match="--out samples"):
+        default()
+    assert Path("samples/photo.png").exists()
+
+
 def test_a_process_does_not_wait_for_ever_for_one_that_samples_another_step(
         trained, monkeypatch):
     make("a")
-    for name, value in dict(RANK=1, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="here").items():
+    for name, value in dict(RANK=1, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR="here",
+                             MASTER_PORT=29500).items():
         monkeypatch.setenv(name, str(value))
     Path("a.json").write_text(json.dumps(record("a") | {"step": 48}))
     monkeypatch.setattr(time, "monotonic", iter(range(0, 10**6, 100)).__next__)
@@ -144,9 +196,9 @@ def test_a_checkpoint_that_is_damaged_or_of_other_data_is_named(trained, tiny_vq
         with pytest.raises(InputError, match=name) as error:
             make("x", "--ckpt", name.removesuffix(": "))
         assert "\n" not in str(error.value)
-    for flag, value in (("--tau", 0), ("--cfg-scale", "nan")):
+    for flag in ("--tau 0", "--cfg-scale nan", "--per-proc-batch-size 0", "--cfg-interval 0.2 1"):
         with pytest.raises(SystemExit):
-            make("x", flag, value)
+            make("x", *flag.split())
     assert not Path("x").exists() and not Path("x.json").exists()
 
 

@@ -379,6 +379,28 @@ def test_a_run_of_an_older_version_samples_and_goes_on(run, tiny_data, tiny_size
     assert resumed["args"]["started"] == ckpt["args"]["started"]
 
 
+def test_a_refused_command_leaves_the_run_as_it_was(run, capsys):
+    run("a", "--steps", 2)
+    before = Path("runs/a/args.json").read_text()
+    for wrong in (("--model", "DiT-S/2"), ("--steps", 0), ("--accumulate", 3), ("--log-every", 0)):
+        with pytest.raises(SystemExit):
+            main("--name", "a", "--resume", *wrong)
+    assert Path("runs/a/args.json").read_text() == before
+    main("--name", "a", "--resume", "--steps", 3, "--ckpt-every", 0)
+    assert read("a")[0]["step"] == 3  # the end is always saved
+
+
+def test_runs_behind_links_are_found_and_broken_links_are_not(run):
+    run("old", "--steps", 1)
+    run("new", "--steps", 1)
+    Path("far").mkdir()
+    Path("runs/new").rename("far/new")
+    Path("runs/new").symlink_to(Path("far/new").absolute())
+    Path("runs/new/ckpt-old.pt").symlink_to("nowhere")
+    main("--resume", "--steps", 2)
+    assert read("new")[0]["step"] == 2 and read("old")[0]["step"] == 1
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(run):
     with pytest.raises(InputError) as error:
         run("a", "--steps", 50, "--lr", 1e30, "--ckpt-every", 1)
@@ -417,6 +439,8 @@ def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tin
     ("labels.npy", np.zeros(7, int)),
     ("labels.npy", np.full(40, -1)),  # no picture was readable
     ("labels.npy", np.full(40, 9)),
+    ("labels.npy", np.full(40, 0.5)),
+    ("labels.npy", np.zeros((40, 1), int)),
     ("codes.npy", np.full((40, 4, 4), np.nan)),
     ("codes.npy", np.zeros((40, 0, 0), np.uint16)),
     ("codes_flip.npy", np.zeros((40, 2, 2), np.uint16)),
@@ -434,11 +458,12 @@ def test_an_unusable_data_directory_is_named(run, tiny_data, name, array):
 
 
 @pytest.mark.parametrize("key, value", [
-    ("reference", 5), ("image_size", None), ("classes", {"black": 0}), ("tokenizer", ["a.pt"])])
+    ("reference", 5), ("image_size", None), ("classes", {"black": 0}), ("tokenizer", ["a.pt"]),
+    ("classes", [1, 2, 3])])
 def test_a_wrong_entry_of_meta_json_is_named(run, tiny_data, key, value):
     meta = json.loads((tiny_data / "meta.json").read_text())
     (tiny_data / "meta.json").write_text(json.dumps(meta | {key: value}))
-    with pytest.raises(InputError, match=f"{tiny_data}: .*{key} in meta.json"):
+    with pytest.raises(InputError, match=f"{tiny_data}: .*({key} in meta.json|class with a name)"):
         run("a", "--steps", 1)
 
 
@@ -459,6 +484,7 @@ def test_a_wrong_setting_of_a_run_is_named(run, key, value):
 @pytest.mark.parametrize("flags, recipe, message", [
     ("--data photos", "", "python vq.py .*photos --vq TOKENIZER --out"),
     ("--accumulate 3", "", "--global-batch-size"),
+    ("--model DiT-S/8", "", "--model DiT-S/8: its patches"),
     ("--resume", "", "runs/a/.*: not found"),
     ("--steps 2.5", "", "--steps: "),
     ("", "--name it's", "recipe.txt: unreadable"),

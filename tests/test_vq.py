@@ -307,6 +307,10 @@ def test_every_kind_of_picture_becomes_rgb(mode, colour, suffix, expected, tmp_p
 
 
 def test_transparent_pictures_lie_on_white_and_hide_their_colours(tmp_path):
+    grey = np.full((40, 40), 30000, np.uint16)
+    grey[:20] = 1000
+    pixels = opened(Image.fromarray(grey), tmp_path / "c.png", 40, transparency=1000)
+    assert (pixels[:20] == 255).all() and (pixels[20:] == 30000 >> 8).all()
     colours = np.random.default_rng(0).integers(0, 256, (40, 40, 4), np.uint8)
     colours[:20, :, 3] = 0
     colours[20:, :, 3] = 255
@@ -488,6 +492,18 @@ def test_a_folder_begun_goes_on_where_it_stopped(empty, todo, run, images, tmp_p
     assert len(encoded) == 2 * todo  # with the mirrored images; nothing is repeated
 
 
+@pytest.mark.parametrize("name, size", [
+    ("codes.npy", 300), ("codes_flip.npy", 0), ("labels.npy", -1)])
+def test_damaged_or_lost_arrays_are_made_anew(name, size, run, images, tmp_path):
+    whole = run(images, "--flip")
+    path = tmp_path / "out" / name
+    if size < 0:
+        path.unlink()
+    else:
+        os.truncate(path, size)  # numpy would map zeros behind its end
+    assert run(images, "--flip") == whole
+
+
 def test_a_process_waits_for_the_first_and_encodes_the_rows_of_its_number(
         run, images, tmp_path, monkeypatch):
     whole = run(images, "--flip")
@@ -497,12 +513,13 @@ def test_a_process_waits_for_the_first_and_encodes_the_rows_of_its_number(
         codes[:] = vq.EMPTY
     steps = iter(["meta.json", "codes.npy", "codes_flip.npy", "labels.npy"])
     monkeypatch.setattr(time, "sleep", lambda _: shutil.copy(begun / next(steps), tmp_path / "out"))
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else "1")
     run(images, "--flip")
     for codes in arrays(tmp_path / "out")[:2]:
         assert (codes == vq.EMPTY).all((1, 2)).tolist() == [True, False] * 4
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     assert run(images, "--flip") == whole
 
 
@@ -611,9 +628,13 @@ def test_a_process_has_torchruns_number_a_gpu_of_its_own_and_exact_products(monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     assert vq.setup_process() == (0, 1, torch.device("cuda", 0))
-    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost",
+           "MASTER_PORT": "29500"}
     monkeypatch.setattr(vq, "os", types.SimpleNamespace(environ=env))
     assert vq.setup_process() == (5, 8, torch.device("cuda", 1)) and used == [0, 1]
-    del env["RANK"]
-    with pytest.raises(vq.InputError, match="RANK, .*torchrun"):
-        vq.setup_process()
+    for wrong in ({"RANK": None}, {"RANK": "8"}, {"RANK": "x"}, {"WORLD_SIZE": "-1"}, {"RANK": ""},
+                  {"MASTER_PORT": None}, {"MASTER_ADDR": ""}):
+        broken = {name: x for name, x in (env | wrong).items() if x is not None}
+        monkeypatch.setattr(vq, "os", types.SimpleNamespace(environ=broken))
+        with pytest.raises(vq.InputError, match="RANK .*torchrun"):
+            vq.setup_process()

@@ -223,7 +223,7 @@ def save(folder, vq, codes, labels, reference):
         torch.save({"config": CONFIG, "state_dict": state}, file)
     sha256 = load_vq(folder / "tokenizer.pt").sha256
     meta = dict(tokenizer="tokenizer.pt", tokenizer_sha256=sha256, image_size=64,
-                classes=list(COATS), reference="reference.npz", features="judge.pt")
+                classes=list(COATS), reference="reference.npz")
     with write_whole(folder / "codes.npy") as file:
         np.save(file, codes.numpy().astype(np.uint16))
     with write_whole(folder / "labels.npy") as file:
