@@ -312,13 +312,14 @@ OBJECTIVES = {
 
 @torch.no_grad()
 def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
-                  interval=(0, 1), start=0.0, known=None):
+                  interval=(0, 1), start=0.0, known=None, states=None):
     """Sample codes [B,h,w] as flow.sample does, for any method that has a mean, but with
 
     order: 2 extends the line through the mu of the last two calls, so that ten are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
     start: a time; noise is then a point z_t of the path there, such as a noisy picture;
-    known: codes [B,h,w] to end in, -1 where any may be chosen.
+    known: codes [B,h,w] to end in, -1 where any may be chosen;
+    states: a list, to which each step adds its end's t and z, and its mu.
     """
     if known is None:
         known = y.new_full((len(y), 1, 1), -1)
@@ -346,6 +347,8 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
         old_t = t
         old_mu = mu
         z = z + (after - t) * v
+        if states is not None:
+            states.append((after, z, mu))
     codes = flow.nearest(z)
     return torch.where(free, codes, known)
 

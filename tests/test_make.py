@@ -7,7 +7,7 @@ from conftest import TINY_VQ
 
 from demo.cats import make
 from train import open_data
-from vq import VQ, from_pixels, load_vq
+from vq import VQ, crop, from_pixels, load_vq, read_image, save_image
 
 CPU = torch.device("cpu")
 
@@ -25,6 +25,25 @@ def test_standardising_the_codes_changes_no_code_and_no_picture():
         torch.testing.assert_close(vq.decode(codes), picture, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(vq.codebook.mean(0), torch.zeros(4), atol=1e-6, rtol=0)
     torch.testing.assert_close(vq.codebook.square().mean(), torch.tensor(1.0))
+
+
+def test_a_data_directory_is_made_of_any_folder_of_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "CONFIG", TINY_VQ)
+    pictures = np.random.default_rng(0).integers(0, 256, (30, 40, 50, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        save_image(tmp_path / "photos" / "ab"[i % 2] / f"{i:02d}.png", picture)
+    (tmp_path / "photos/a/00.png").write_bytes(b"")
+    make.main(["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--size", "32",
+               "--steps", "3", "--batch-size", "4"])
+    data, vq = open_data(tmp_path / "out", CPU)
+    assert data.codes.shape == (27, 4, 4) and data.meta["image_size"] == 32
+    assert data.meta["classes"] == ["a", "b"] and data.labels.tolist() == [0] * 13 + [1] * 14
+    paths = [f"{name}/{i:02d}.png" for name in "ab" for i in range("ab".index(name), 30, 2) if i]
+    first = crop(read_image(tmp_path / "photos" / paths[0]), 32)
+    assert (vq.encode(from_pixels(first[None])).numpy() == data.codes[0]).all()
+    reference = np.load(tmp_path / "out/reference.npz")["arr_0"]
+    held = [crop(read_image(tmp_path / "photos" / path), 32) for path in paths[9::10]]
+    assert (reference == held).all()
 
 
 def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Make the demo's data directory from nothing: draw cats, train their tokenizer, encode them.
 
-    python -m demo.cats.make                   under two hours on 2 CPU cores
+    python -m demo.cats.make                                             two hours on 2 CPU cores
+    python -m demo.cats.make --images PHOTOS --out data/mine --steps 2000    of one's own pictures
 
 It writes beside itself what train.py, sample.py and fid.py read: tokenizer.pt (a VQ of vq.py: 64x64
 pixels become 8x8 codes, K = 1024, d = 4), codes.npy and labels.npy (the training cats),
-reference.npz (held-out cats), meta.json, and recipe.txt, train.py's flags for them.
+reference.npz (held-out cats), meta.json, and recipe.txt, train.py's flags for them. Of a folder of
+pictures, one sub-folder for each class, every tenth is held out.
 
 The tokenizer learns as VQ-VAE-2 does (Razavi et al. 2019, arXiv 1906.00446): the gradient passes
 straight through the nearest code, the codebook follows the encoder as a moving average of the
@@ -15,6 +17,7 @@ whiskers and stripes sharp.
 Shapes: B batch, N vectors or images, H W pixels, h w grid of codes, K codes, d code dimension.
 """
 import argparse
+import contextlib
 import json
 import math
 import time
@@ -25,11 +28,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import trange
+from tqdm import tqdm, trange
 
 from demo.cats.cats import COATS, HERE, cats
 from flow import nearest_code
-from vq import VQ, from_pixels, load_vq, write_whole
+from vq import (VQ, InputError, crop, from_pixels, list_images, load_vq, read_image,
+                write_whole)
 
 CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_embed=1024,
               embed_dim=4, num_groups=8)
@@ -216,14 +220,27 @@ def save_images(file, images, **more):
                 np.lib.format.write_array(member, np.asarray(array))
 
 
-def save(folder, vq, codes, labels, reference):
+def read_pictures(root, size):
+    """Read the pictures in class folders: uint8 [N,size,size,3], labels [N], class names."""
+    paths, labels, classes = list_images(root)
+    pictures = []
+    known = []
+    for path, label in zip(tqdm(paths, "read"), labels):
+        with contextlib.suppress(InputError):       # unreadable ones are left out
+            pictures.append(crop(read_image(path), size))
+            known.append(label)
+    print(f"{len(known)} pictures of {len(classes)} classes, {len(paths) - len(known)} left out")
+    return np.stack(pictures), np.array(known), classes
+
+
+def save(folder, vq, codes, labels, classes, reference):
     """Write the data directory."""
     state = {name: tensor.half().cpu() for name, tensor in vq.state_dict().items()}
     with write_whole(folder / "tokenizer.pt") as file:
         torch.save({"config": CONFIG, "state_dict": state}, file)
     sha256 = load_vq(folder / "tokenizer.pt").sha256
-    meta = dict(tokenizer="tokenizer.pt", tokenizer_sha256=sha256, image_size=64,
-                classes=list(COATS), reference="reference.npz")
+    meta = dict(tokenizer="tokenizer.pt", tokenizer_sha256=sha256, image_size=reference.shape[1],
+                classes=list(classes), reference="reference.npz")
     with write_whole(folder / "codes.npy") as file:
         np.save(file, codes.numpy().astype(np.uint16))
     with write_whole(folder / "labels.npy") as file:
@@ -238,9 +255,11 @@ def save(folder, vq, codes, labels, reference):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description="Draw the demo's cats, train their tokenizer, encode them.",
+        description="Draw the demo's cats or read pictures, train their tokenizer, encode them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
+    add("--images", type=Path, help="folder of class folders to read; None: draw cats")
+    add("--size", type=int, default=64, help="side of the pictures' centre crop, in pixels")
     add("--out", type=Path, default=HERE, help="data directory to write")
     add("--num-images", type=int, default=10000, help="training cats")
     add("--num-reference", type=int, default=2000, help="held-out cats; 500 are the reference")
@@ -249,11 +268,22 @@ def main(argv=None):
     add("--lr", type=float, default=2e-2, help="peak learning rate of Muon")
     add("--seed", type=int, default=0, help="seed of the tokenizer's training")
     args = parser.parse_args(argv)
+    if args.images and (args.out == HERE or args.size < 16 or args.size % 16):
+        parser.error("--images: give --out, and a --size that is a multiple of 16")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    # The tokenizer sees four times the cats of the data set, or it would learn them by heart.
-    drawn, labels, _ = cats(4 * args.num_images, TRAIN_SEED)
-    held_out, _, _ = cats(args.num_reference, HELD_OUT_SEED)
+    if args.images:
+        pictures, labels, classes = read_pictures(args.images, args.size)
+        held = np.arange(len(pictures)) % 10 == 9
+        drawn, labels, held_out = pictures[~held], labels[~held], pictures[held]
+        if len(held_out) < 2:
+            raise InputError(f"{args.images}: holds {len(pictures)} pictures; twenty are the least")
+        args.num_images = len(drawn)
+    else:
+        # The tokenizer sees four times the cats of the data set, or it would learn them by heart.
+        drawn, labels, _ = cats(4 * args.num_images, TRAIN_SEED)
+        held_out, _, _ = cats(args.num_reference, HELD_OUT_SEED)
+        classes = COATS
     drawn = torch.from_numpy(drawn)
     held_out = torch.from_numpy(held_out)
     start = time.time()
@@ -264,7 +294,7 @@ def main(argv=None):
     quality = psnr(again, from_pixels(held_out))
     print(f"{time.time() - start:.0f} s; held-out PSNR {quality:.2f} dB; "
           f"{len(codes.unique())} of {CONFIG['n_embed']} codes in use")
-    save(args.out, vq, codes, labels[:args.num_images], held_out[:500].numpy())
+    save(args.out, vq, codes, labels[:args.num_images], classes, held_out[:500].numpy())
 
 
 if __name__ == "__main__":
