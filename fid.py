@@ -35,8 +35,8 @@ URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
 BATCH = 32
 
-# Mean and covariance of a set's features, number of images (0: unknown), features of others like
-# them, and the weights of CatFeatures if these are its features.
+# Of a set of images: mean and covariance of its features, their number (0: unknown), features of
+# other real images, and weights if these are CatFeatures.
 Statistics = namedtuple("Statistics", "mu sigma count others weights", defaults=(None, None))
 
 
@@ -330,14 +330,12 @@ def main(argv=None):
     add("samples", type=Path, help="folder or .npz")
     add("--ref", type=Path, help="reference; default: what sample.py recorded")
     add("--weights", type=Path, help="of Inception; default: torch's hub cache, or a download")
-    add("--size", type=int, help="crop the images of folders, as vq.py does")
+    add("--size", type=int, default=0, help="crop the images of folders, as vq.py does; 0: no")
     add("--save-stats", type=Path, metavar="FILE", help="write the statistics, for --ref")
     args = parser.parse_args(argv)
     _, _, device = setup_process()
     record = recorded(args.samples)
     reference = args.ref or record.get("reference")
-    if args.size is not None and args.size < 1:
-        parser.error("--size: give a positive number")
     if not (reference or args.save_stats):
         raise InputError(f"{args.samples}: has no recorded reference; give --ref")
     if record and len(find_images(args.samples)) < record.get("num_samples", 0):

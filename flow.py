@@ -263,9 +263,9 @@ class DFM(Purrception):
     def sample(self, y, steps=100, tau=1.0, cfg=1.0, noise=None):
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
-        A masked position becomes code k with probability pi_k / (T (1 - t)) in a step: it does so
-        in the step that its first uniform number falls into; its second draws the code from pi.
-        The authors' release also masks codes again, and ends with an arg max.
+        In a step, a masked position becomes code k with probability pi_k / (T (1 - t)): its first
+        uniform number picks the step, its second the code. The authors' release also masks codes
+        again, and ends with an arg max.
         """
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)                      # [B,h,w] each

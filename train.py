@@ -56,8 +56,8 @@ def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
     path = Path(os.path.realpath(path))
     if not (path / "meta.json").exists():
-        raise InputError(f"--data {path}: not a data directory; if it has moved, give --data; for "
-                         f"images: python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
+        raise InputError(f"--data {path}: not a data directory, or moved; to make one from images: "
+                         f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
     with InputError.explain(f"--data {path}: unusable; encode the images again"):
         meta = json.loads((path / "meta.json").read_text())
         for key, kind in ENTRIES.items():
@@ -173,9 +173,10 @@ def update_ema(ema, model, decay):
 
 def newest(folder, *patterns):
     """Return the newest file whose name fits a pattern, in a folder or, with **/, below it."""
-    files = [file for pattern in patterns
-             for file in glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
-             if os.path.exists(file)]
+    files = []
+    for pattern in patterns:
+        files += glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
+    files = [file for file in files if os.path.exists(file)]
     if not files:
         raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
     return Path(max(files, key=os.path.getmtime))
@@ -292,7 +293,7 @@ def describe(args, data, flow, world):
     flips = "not " if data.flipped is data.codes else ""
     size = sum(p.numel() for p in flow.model.parameters()) / 1e6
     beyond = [name for name in ("geometric_head", "logit_normal", "cooldown") if vars(args)[name]]
-    print(f"data: {args.data}, {N} images of {len(args.classes)} classes, {flips}mirrored, "
+    print(f"data: {args.data}, {N} images, {len(args.classes)} classes, {flips}mirrored, "
           f"{side}x{side} codes of {len(flow.codebook)}")
     print(f"network: {args.objective}, {args.model}, {size:.1f} million parameters")
     print(f"device: {world} {flow.codebook.device.type}, {'bf16' if args.bf16 else 'float32'}")

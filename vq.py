@@ -320,7 +320,7 @@ def open_arrays(args, labels, side, rank):
             found = np.load(args.out / name, mmap_mode="r")
             return found.shape == arrays[name].shape and found.dtype == arrays[name].dtype
 
-    if rank == 0 and not all(map(whole, arrays)):  # what one lacks, the others may be wrong about
+    if rank == 0 and not all(map(whole, arrays)):
         (args.out / "labels.npy").unlink(missing_ok=True)
         for name, array in arrays.items():  # in full size, so a full disk shows now
             with write_whole(args.out / name) as file:
@@ -410,7 +410,7 @@ def main():
         raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
     if min(args.size, args.batch_size) < 1 or args.size % vq.factor:
         raise InputError(f"--size {args.size}: give a positive multiple of {vq.factor}; "
-                         f"--batch-size {args.batch_size}: a positive number")
+                         f"--batch-size {args.batch_size}: one or more")
     if args.images:
         encode_folder(args, vq, rank, world, device)
     elif rank == 0:
