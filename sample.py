@@ -9,7 +9,6 @@ number of processes makes the same images, and the same command resumes.
 OUT.json records the flags; OUT.png is a sheet.
 """
 import argparse
-import functools
 import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -65,8 +64,8 @@ def draw(run, args, indices):
     return run.vq.decode_pixels(codes)
 
 
-def fill_folder(run, args, paths, rank, world, is_ours):
-    """Make this process's share of the missing images, while is_ours() does not object."""
+def fill_folder(run, args, paths, rank, world, check):
+    """Make this process's share of the missing images, while check() does not object."""
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     n = args.per_proc_batch_size
     saving = []
@@ -75,7 +74,7 @@ def fill_folder(run, args, paths, rank, world, is_ours):
             batch = todo[at:at + n]
             pixels = draw(run, args, batch)
             list(saving)  # wait for the last batch, or raise its error
-            is_ours()
+            check()
             saving = pool.map(save_image, [paths[i] for i in batch], pixels)
         list(saving)
 
@@ -114,7 +113,7 @@ def parse(argv):
     return args
 
 
-def check(args, run):
+def check_flags(args, run):
     """Refuse flags without meaning for the checkpoint."""
     wrong = ""
     if run.args.objective == "dfm" and beyond(args):
@@ -134,7 +133,7 @@ def main(argv=None):
     run = load_run(args.ckpt, args.data, device)
     if rank == 0:
         print(f"checkpoint: {run.ckpt}, step {run.step} of {run.args.steps}")
-    check(args, run)
+    check_flags(args, run)
     meta = run.data.meta
     args.classes = pick_classes(args.classes, meta["classes"])
     args.tau = args.tau or TAU.get(run.args.objective)
@@ -159,8 +158,7 @@ def main(argv=None):
     record |= {name: getattr(args, name) for name in names} | beyond(args)
     remake = args.out is None
     args.out = args.out or Path("samples")
-    claim = functools.partial(claim_folder, args.out, Path(f"{args.out}.json"), record)
-    claim(rank, remake)
+    check = claim_folder(args.out, Path(f"{args.out}.json"), record, rank, remake)
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     if rank == 0:
         Path(f"{args.out}.png").unlink(missing_ok=True)  # it may be of other images
@@ -168,7 +166,7 @@ def main(argv=None):
             if not remake:
                 raise InputError(f"--out {args.out}: holds more images; give another folder")
             path.unlink()
-    fill_folder(run, args, paths, rank, world, lambda: claim(rank=1))
+    fill_folder(run, args, paths, rank, world, check)
     if rank == 0:
         wait_for(lambda: all(path.exists() for path in paths))
         shown = np.stack([Image.open(path) for path in paths[:100]])

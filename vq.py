@@ -572,7 +572,10 @@ def wait_for(ready, limit=math.inf):
 
 
 def claim_folder(folder, note, record, rank, remake=False):
-    """Write record to the file `note`, or refuse or remake a folder that another record made."""
+    """Write record to the file `note`, or refuse or remake a folder that another record made.
+
+    Return a function that refuses the folder once another command has taken it.
+    """
     free = {"num_samples": 0, "tokenizer": ""}  # may differ; the tokenizer's sha256 counts
     ours = record | free
 
@@ -591,7 +594,12 @@ def claim_folder(folder, note, record, rank, remake=False):
         with write_whole(note) as file:
             file.write(json.dumps(record, indent=1).encode())
     wait_for(lambda: theirs() == ours, 300 if rank else 0)
-    InputError.compare(f"--out {folder}: holds other files, give another", theirs(), ours)
+
+    def check():
+        InputError.compare(f"--out {folder}: holds other files, give another", theirs(), ours)
+
+    check()
+    return check
 
 
 def setup_process():
