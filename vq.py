@@ -368,12 +368,25 @@ def encode_folder(args, vq, rank, world, device):
         pixels = torch.from_numpy(np.stack(pixels))
         x = from_pixels(pixels.to(device))  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
-            codes[rows] = vq.encode(images).cpu().numpy()
+            found = vq.encode(images)
+            codes[rows] = found.cpu().numpy()
+        if rank == 0 and rows[0] == todo[0]:  # found are of the last images
+            db = psnr(to_pixels(images[:4]).cpu(), vq.decode_pixels(found[:4]))
+            tqdm.write(f"PSNR of a few: {db:.1f} dB; below 20, another tokenizer may be better")
     if rank == 0:
         wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
         bad = (labels < 0).sum()
         print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} left out")
-        print(f"next: python train.py --data {shlex.quote(str(args.out))}")
+        small = "--model DiT-S/2" if device.type == "cuda" else "--model DiT-demo/2"
+        flags = f"{small} --global-batch-size 64 --steps 20000 --ema-ramp"
+        print(f"next: python train.py --data {shlex.quote(str(args.out))}",
+              flags if len(labels) < 200_000 else "")
+
+
+def psnr(a, b):
+    """Compute the PSNR of pixels uint8 in dB."""
+    mse = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
+    return 10 * math.log10(255 ** 2 / max(mse, 1e-9))
 
 
 def reconstruct(args, vq, device):
@@ -383,9 +396,7 @@ def reconstruct(args, vq, device):
         original = crop(read_image(path), args.size)
         codes = vq.encode(from_pixels(original[None]).to(device))
         again = vq.decode_pixels(codes)[0].numpy()
-        mse = np.square(original.astype(float) - again).mean()
-        psnr = 10 * math.log10(255 ** 2 / max(mse, 1e-9))
-        print(f"{path}: PSNR {psnr:.2f} dB")
+        print(f"{path}: PSNR {psnr(original, again):.2f} dB")
         pairs += [original, again]
     save_image(args.out or "reconstructions.png", pairs, columns=2)
 
