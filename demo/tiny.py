@@ -71,8 +71,7 @@ def loss(network, c, y, t, z0):
     logit_c = logits.gather(2, c.unsqueeze(2)).squeeze(2)  # [B,N]
     # pi_c = exp(logit_c) / exp(L), so this is -log pi_c.    (Eq. 14)
     ce = L - logit_c
-    # Keep the logits small.
-    return (ce + 1e-5 * L ** 2).mean()
+    return (ce + 1e-5 * L ** 2).mean()                     # the z-loss keeps the logits small
 
 
 # ---------- the sampler
