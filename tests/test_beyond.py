@@ -122,3 +122,17 @@ def test_a_geometric_head_starts_with_logits_linear_in_the_code_vectors_and_thei
     flow.geometric_head(f)
     for W in weight.split(K):               # equal codes: equal and finite
         assert W.isfinite().all() and W.equal(W[:1].expand_as(W))
+
+
+def test_the_states_are_where_each_step_leads():
+    f = method()
+    z, _, y, _ = point(f)
+    states = []
+    codes = sample_beyond(f, y, 4, 0.7, 1.5, z, states=states)
+    assert [t for t, _, _ in states] == [0.25, 0.5, 0.75, 1]
+    _, end, _ = states[-1]
+    assert f.nearest(end).equal(codes)
+    before, t = z, torch.zeros(3)
+    for after, at, mu in states:
+        torch.testing.assert_close(mu, f.mean(before, t, y, 0.7, 1.5))
+        before, t = at, torch.full((3,), after)

@@ -439,7 +439,7 @@ def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tin
     ("labels.npy", np.zeros(7, int)),
     ("labels.npy", np.full(40, -1)),  # no picture was readable
     ("labels.npy", np.full(40, 9)),
-    ("labels.npy", np.full(40, 0.5)),
+    ("labels.npy", np.full(40, 1.0)),
     ("labels.npy", np.zeros((40, 1), int)),
     ("codes.npy", np.full((40, 4, 4), np.nan)),
     ("codes.npy", np.zeros((40, 0, 0), np.uint16)),
