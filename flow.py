@@ -473,7 +473,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                         db[g] += dl.sum(0)
                         dl = dl.to(dtype)
                         dh[i:i + n] += dl @ W
-                        dW[g] += dl.T @ x
+                        if dtype == exact:
+                            dW[g].addmm_(dl.T, x)  # in place: no other [K,D]
+                        else:
+                            dW[g] += dl.T @ x
 
         ctx.positions = target.numel()
         ce, z = (sums / ctx.positions).unbind()
