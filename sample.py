@@ -170,7 +170,8 @@ def main(argv=None):
     if rank == 0:
         wait_for(lambda: all(path.exists() for path in paths))
         shown = np.stack([Image.open(path) for path in paths[:100]])
-        save_image(f"{args.out}.png", shown, min(10, len(args.classes)))
+        columns = len(args.classes) if 1 < len(args.classes) < 10 else 10
+        save_image(f"{args.out}.png", shown, columns)
         print(f"{len(paths)} images in {args.out}/, a sheet in {args.out}.png")
         if record["reference"]:
             print(f"next: python fid.py {shlex.quote(str(args.out))}/")

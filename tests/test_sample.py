@@ -103,6 +103,8 @@ def test_classes_are_taken_in_turn_by_name_or_number(trained):
     assert sample.pick_classes(["ginger tabby", "0"], names) == [2, 0]
     assert sample.pick_classes(None, names) == [0, 1, 2]
     only = make("a", "--classes", "white", n=2)
+    with Image.open("a.png") as page:
+        assert page.size == (10 * 34, 34)  # not a tower
     assert (only[1] == make("b")[1]).all()  # image 1 is white either way
     for wrong in ("blue", "3"):
         with pytest.raises(InputError, match="--classes"):
