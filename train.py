@@ -59,7 +59,7 @@ def open_data(path, device):
         raise InputError(f"--data {path}: not a data directory, or moved; to make one from images: "
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
     with InputError.explain(f"--data {path}: unusable; encode the images again"):
-        meta = json.loads((path / "meta.json").read_text())
+        meta = {"reference": ""} | json.loads((path / "meta.json").read_text())
         for key, kind in ENTRIES.items():
             if not isinstance(meta.get(key), kind):
                 raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
