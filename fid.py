@@ -196,7 +196,7 @@ class CatFeatures(nn.Sequential):
         return super().forward(x)
 
 
-# ---------- their weights
+# ---------- Inception's weights
 
 def our_name(key):
     """Rename a published key: there, steps of a branch count from 1, and pools do not count."""
@@ -221,8 +221,6 @@ def load_inception(path=None):
         state = {our_name(key): x.float() for key, x in state.items()}
         net.load_state_dict(state)
     return net.freeze()
-
-
 
 
 # ---------- the distance
@@ -319,7 +317,8 @@ def recorded(samples):
     path = samples.absolute()
     try:
         record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        return record if record["num_samples"] + len(Path(record["reference"]).name) else {}
+        known = isinstance(record["reference"], str | None)
+        return record if known and isinstance(record["num_samples"], int) else {}
     except Exception:  # no file, or another program's
         return {}
 
@@ -342,7 +341,7 @@ def main(argv=None):
         raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
 
     theirs = measure(Path(reference), {}, args, device) if reference else None
-    weights = theirs.weights or {} if theirs else {}
+    weights = (theirs and theirs.weights) or {}
     mu, sigma, n, *_ = measure(args.samples, weights, args, device)
     if args.save_stats:
         with write_whole(args.save_stats) as file:
@@ -353,7 +352,7 @@ def main(argv=None):
         with InputError.explain(f"{args.samples}, {reference}: cannot be compared"):
             distance = frechet_distance(mu, sigma, theirs.mu, theirs.sigma)
         if theirs.others is not None:
-            others = theirs.others[:n]
+            others = theirs.others[:n or None]
             floor = frechet_distance(*statistics(others), theirs.mu, theirs.sigma)
             print(f"{name} of {len(others)} other real images: {floor:.4f}")
         few = 0 < n < len(mu) or 0 < theirs.count < len(mu)

@@ -313,13 +313,13 @@ OBJECTIVES = {
 @torch.no_grad()
 def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
                   interval=(0, 1), start=0.0, known=None, states=None):
-    """Sample codes [B,h,w] as flow.sample does, for any method that has a mean, but with
+    """Sample codes [B,h,w] as flow.sample does, for any method that has a mean. Beyond it:
 
-    order: 2 extends the line through the mu of the last two calls, so that ten are enough;
+    order: 2 extends the line through the last two mu, so that ten steps are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
     start: a time; noise is then a point z_t of the path there, such as a noisy picture;
     known: codes [B,h,w] to end in, -1 where any may be chosen;
-    states: a list, to which each step adds its end's t and z, and its mu.
+    states: a list, to which each step adds t and z at its end, and mu at its start.
     """
     if known is None:
         known = y.new_full((len(y), 1, 1), -1)
@@ -356,8 +356,8 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
 def slope_weight(t, after):
     """Return the weight w of mu's slope in a step from t to `after` (as DEIS, arXiv 2204.13902).
 
-    An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). At
-    last, w = 1 overshoots, as mu comes to rest: 0.5 measured best.
+    An Euler step along v + w slope solves dz/du = (mu - z) / (1 - u) for mu + slope (u - t). In
+    the last step w = 1 overshoots, as mu comes to rest; 0.5 measured best.
     """
     if after == 1:
         return 0.5

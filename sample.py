@@ -1,7 +1,7 @@
 """Sample images from a checkpoint: noise -> Purrception -> codes -> tokenizer -> PNG files.
 
     python sample.py --tau 0.9                  the newest run's averaged weights, into samples/
-    python sample.py --steps 10 --order 2       ten network calls for a hundred: beyond the paper
+    python sample.py --steps 10 --order 2       ten calls, as good as fifty: beyond the paper
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --out xl2
 
 Image i depends on the checkpoint, the flags and (seed, i) alone (in bf16, up to rounding). So any
@@ -103,11 +103,12 @@ def parse(argv):
     args = parser.parse_args(argv)
     counts = args.steps, args.num_samples, args.per_proc_batch_size, args.seed + 1
     if min(counts) < 1 or args.tau is not None and not args.tau > 0:
-        parser.error("--steps, --num-samples, --per-proc-batch-size, --tau: give positive numbers")
+        parser.error("--steps, --num-samples, --per-proc-batch-size, --tau, --seed: too small")
     if not math.isfinite(args.cfg_scale):
         parser.error("--cfg-scale: give a finite number")
-    if args.cfg_interval != [0, 1] and args.cfg_scale == 1:
-        parser.error("--cfg-interval: give a --cfg-scale, too")
+    low, high = args.cfg_interval
+    if not low <= high or args.cfg_interval != [0, 1] and args.cfg_scale == 1:
+        parser.error("--cfg-interval: give LO below HI, and a --cfg-scale")
     if args.out and args.out.name in ("", ".."):
         parser.error("--out: give a folder's name")
     return args

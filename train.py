@@ -220,7 +220,7 @@ def load_checkpoint(path, **targets):
         for name, target in targets.items():  # copied, to let go of the file
             target.load_state_dict(copy.deepcopy(ckpt[name]))
         settings = ckpt["args"]
-        SIZES[settings["model"]], OBJECTIVES[settings["objective"]]
+        SIZES[settings["model"]], OBJECTIVES[settings["objective"]]  # or KeyError
         for name, default in vars(flags().parse_args([])).items():
             value = settings.get(name, default)
             if default is not None and type(default)(value) != value:
@@ -426,9 +426,9 @@ def flags():
     add("--weight-decay", type=float, default=0.01, help="AdamW's")
     add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
-    add("--ema-ramp", action=switch, default=False, help="cap it at (1 + step) / (10 + step)")
+    add("--ema-ramp", action=switch, default=False, help="cap decay at (1 + step) / (10 + step)")
     add("--z-loss", type=float, default=1e-5, help="weight of the z-loss")
-    add("--geometric-head", action=switch, default=False, help="start the head as E suggests (*)")
+    add("--geometric-head", action=switch, default=False, help="start it from the codebook (*)")
     add("--logit-normal", action=switch, default=False, help="draw t with logit(t) ~ N(0, 1) (*)")
     add("--label-dropout", type=float, default=0.1, help="share of labels to drop")
     add("--seed", type=int, default=0, help="random seed")
@@ -452,7 +452,7 @@ def parse(argv=None):
     parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
     if first.resume:
         below = "" if first.name else "**/"
-        last = newest(f"runs/{first.name or ''}", f"{below}args.json", f"{below}ckpt*.pt")
+        last = newest(Path("runs", first.name or ""), f"{below}args.json", f"{below}ckpt*.pt")
         parser.set_defaults(**load_checkpoint(last)[0])
         run = last.parent
     elif os.path.exists(recipe):
@@ -463,7 +463,7 @@ def parse(argv=None):
     args = parser.parse_args(words)
     counts = args.steps, args.global_batch_size, args.accumulate, args.log_every, args.seed + 1
     if min(counts) < 1:
-        parser.error("--steps, --global-batch-size, --accumulate, --log-every: give positive ones")
+        parser.error("--steps, --global-batch-size, --accumulate, --log-every, --seed: too small")
     return args, run
 
 

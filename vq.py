@@ -368,10 +368,10 @@ def encode_folder(args, vq, rank, world, device):
         pixels = torch.from_numpy(np.stack(pixels))
         x = from_pixels(pixels.to(device))  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
-            found = vq.encode(images)
-            codes[rows] = found.cpu().numpy()
-        if rank == 0 and rows[0] == todo[0]:  # found are of the last images
-            db = psnr(to_pixels(images[:4]).cpu(), vq.decode_pixels(found[:4]))
+            codes[rows] = vq.encode(images).cpu().numpy()
+        if rank == 0 and rows[0] == todo[0]:
+            few = torch.from_numpy(maps[0][rows[:4]].astype(np.int64))
+            db = psnr(pixels[:4], vq.decode_pixels(few.to(device)))
             tqdm.write(f"PSNR of a few: {db:.1f} dB; below 20, another tokenizer may be better")
     if rank == 0:
         wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
@@ -587,12 +587,13 @@ def claim_folder(folder, note, record, rank, remake=False):
 
     Return a function that refuses the folder once another command has taken it.
     """
-    free = {"num_samples": 0, "tokenizer": ""}  # may differ; the tokenizer's sha256 counts
-    ours = record | free
+    ignored = {"num_samples": 0, "tokenizer": ""}  # the tokenizer's sha256 counts
+    ours = record | ignored
 
     def theirs():
         with InputError.explain(f"{note}: describes other files; give another --out"):
-            return free if not note.exists() else json.loads(note.read_text()) | free
+            noted = json.loads(note.read_text()) if note.exists() else {}
+            return noted | ignored
 
     if rank == 0 and remake and "ckpt" in theirs():
         try:
