@@ -127,6 +127,21 @@ def check_flags(args, run):
         raise InputError(f"{wrong}; leave it out for {run.ckpt}")
 
 
+def describe(run, args):
+    """Return what OUT.json records: all that decides the images."""
+    reference = run.data.path / run.data.meta["reference"]
+    record = {
+        "ckpt": str(run.ckpt.resolve()),
+        "step": run.step,
+        "started": run.args.started,
+        "weights": f"{run.flow.model.final_layer.linear.weight.double().norm():.8g}",
+        "data": str(run.data.path),
+        "reference": str(reference) if reference.is_file() else None
+    }
+    names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
+    return record | {name: getattr(args, name) for name in names} | beyond(args)
+
+
 @torch.inference_mode()
 def main(argv=None):
     args = parse(argv)
@@ -146,17 +161,7 @@ def main(argv=None):
     if args.compile:
         compile_blocks(run.flow.model)
 
-    reference = run.data.path / meta["reference"]
-    record = {
-        "ckpt": str(run.ckpt.resolve()),
-        "step": run.step,
-        "started": run.args.started,
-        "weights": f"{run.flow.model.final_layer.linear.weight.double().norm():.8g}",
-        "data": str(run.data.path),
-        "reference": str(reference) if reference.is_file() else None
-    }
-    names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
-    record |= {name: getattr(args, name) for name in names} | beyond(args)
+    record = describe(run, args)
     remake = args.out is None
     args.out = args.out or Path("samples")
     check = claim_folder(args.out, Path(f"{args.out}.json"), record, rank, remake)

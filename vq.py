@@ -329,21 +329,25 @@ def open_arrays(args, labels, side, rank):
     return [np.load(args.out / name, mmap_mode="r+") for name in arrays]
 
 
-def encode_folder(args, vq, rank, world, device):
-    """Encode this process's share of the rows that are still EMPTY."""
-    paths, labels, classes = list_images(args.images)
-
+def describe(args, vq, paths, classes):
+    """Return what meta.json says of the data; other pictures under the same names differ in it."""
     def signature(path):
         file = path.stat() if path.exists() else path.lstat()  # of a broken link
         return str(path.relative_to(args.images)), file.st_size, file.st_mtime
 
     files = repr([signature(path) for path in paths])
-    meta = dict(
+    return dict(
         tokenizer=str(args.vq.resolve()),
         tokenizer_sha256=vq.sha256,
         image_size=args.size, classes=classes, flip=args.flip,
         files=hashlib.sha256(files.encode()).hexdigest(),
         reference="reference.npz")
+
+
+def encode_folder(args, vq, rank, world, device):
+    """Encode this process's share of the rows that are still EMPTY."""
+    paths, labels, classes = list_images(args.images)
+    meta = describe(args, vq, paths, classes)
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
