@@ -154,7 +154,7 @@ COUNTS = {"tokenizer": 300, "checkpoint": 600, "codes.npy": 300, "labels.npy": 3
 @pytest.mark.filterwarnings("ignore")  # libraries warn about what they repair
 @pytest.mark.parametrize("kind", COUNTS)
 def test_a_damaged_file_loads_or_ends_in_one_sentence(kind, tmp_path, tiny_data, monkeypatch):
-    monkeypatch.setattr(fid, "network", lambda *_: Colours())
+    monkeypatch.setattr(fid, "inception", lambda *_: Colours())
     path, files, load, named = case(kind, tmp_path, tiny_data)
     path.write_bytes(files[0])
     load()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_fid import as_published
 from test_train import ROOT, TORCHRUN, call, run_fixture  # noqa: F401
 
 import fid
@@ -213,7 +214,13 @@ def test_the_documented_commands_work_one_after_the_other(tmp_path, tiny_data):
     assert "next: python sample.py" in last
     command = ROOT / "sample.py", "--tau", 0.9, "--num-samples", 6, "--steps", 2
     assert "next: python fid.py samples/" in call(tmp_path, *command)[-1]
-    torch.save(fid.InceptionV3().state_dict(), tmp_path / "w.pth")
+    net = fid.InceptionV3()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.num_batches_tracked = None  # the published file lacks it
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    torch.save(as_published(net), tmp_path / "w.pth")
     last = call(tmp_path, ROOT / "fid.py", "samples/", "--weights", "w.pth")[-1]
     assert last.startswith("FID ") and "6 images" in last and float(last.split()[-1]) > 0
     call(tmp_path, *TORCHRUN, *command, "--out", "two")
