@@ -8,8 +8,7 @@ A tokenizer has turned each image into a grid of codes c (Eq. 9). Code k has the
     velocity    v  = (mu - z_t) / (1 - t),  mu = sum_k pi_k e_k                  (Eq. 13)
     sampling    for s = 0..T-1:  t = s/T,  z <- z + v/T;  then the nearest code  (Appendix B)
 
-Of the network all methods use its sizes, hidden() and final_layer.linear; DFM also extends
-x_embedder. Last comes the head in chunks, which saves memory.
+Of the network all methods use its sizes, hidden() and final_layer.linear; DFM also x_embedder.
 
 Shapes: B batch, h w grid of codes, d code dimension, K codes; N tokens of G = p*p positions each,
 D width; n rows of logits at a time.
@@ -115,8 +114,8 @@ class Purrception(nn.Module):
         E = self.codebook
         R = len(y) * self.model.input_size ** 2
         mu = E.new_empty(R, E.shape[1])
-        for rows, logits in self.outputs(z, t, y, cfg):         # [n,K]
-            pi = torch.softmax(logits.div_(tau), 1)             # Eq. 12, 15
+        for rows, logits in self.outputs(z, t, y, cfg, tau):    # [n,K]
+            pi = torch.softmax(logits, 1)                       # Eq. 12, 15
             with torch.autocast(z.device.type, enabled=False):  # float32 island
                 mu[rows] = pi @ E
         return self.on_grid(mu).movedim(-1, 1)
@@ -124,16 +123,14 @@ class Purrception(nn.Module):
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute pi (Eq. 12, 15): [B,h,w,K]."""
         pi = []
-        for _, logits in self.outputs(z, t, y, cfg):
-            pi.append(torch.softmax(logits / tau, 1))
+        for _, logits in self.outputs(z, t, y, cfg, tau):
+            pi.append(torch.softmax(logits, 1))
         return self.on_grid(torch.cat(pi))
 
     @torch.no_grad()
     def nearest(self, z):
         """Find the nearest codes, argmin_k |z - e_k|, of z [B,d,h,w]: [B,h,w]."""
-        z = z.movedim(1, -1)  # [B,h,w,d]
-        codes = nearest_code(z.flatten(0, 2), self.codebook)
-        return codes.view(z.shape[:-1])
+        return nearest_code(z.movedim(1, -1), self.codebook)
 
     # ---------- the network's outputs
 
@@ -152,16 +149,16 @@ class Purrception(nn.Module):
         cond, null = h.chunk(2)
         return torch.lerp(null, cond, cfg)
 
-    def outputs(self, z, t, y, cfg):
-        """Yield slices of rows, and the guided logits [n,K] there, in float32 (K = d for CFM).
+    def outputs(self, z, t, y, cfg, tau=1.0):
+        """Yield slices of rows, and the guided logits / tau [n,K] there, in float32.
 
-        Rows are sorted by position in the patch, then by image, then by patch.
+        Rows are sorted by position in the patch, then by image, then by patch. For CFM, K = d.
         """
         head = self.model.final_layer.linear
-        h = self.guided(z, t, y, cfg)
+        h = self.guided(z, t, y, cfg) / tau  # cheaper than to divide the logits
         G = self.model.patch_size ** 2
         weights = head.weight.chunk(G)  # [K,D] each
-        biases = head.bias.chunk(G)
+        biases = (head.bias / tau).chunk(G)
         K = len(head.bias) // G
         n = chunk_rows(K, h.device)
         done = 0
@@ -207,9 +204,10 @@ class CFM(Purrception):
     def velocity(self, z, t, y, tau=None, cfg=1.0):
         """Return what the network regresses, guided: [B,d,h,w]."""
         assert tau is None, "a regression has no posterior, hence no temperature"
-        chunks = [x for _, x in self.outputs(z, t, y, cfg)]  # [n,d] each
-        out = self.on_grid(torch.cat(chunks))
-        return out.movedim(-1, 1)
+        out = []
+        for _, x in self.outputs(z, t, y, cfg):
+            out.append(x)
+        return self.on_grid(torch.cat(out)).movedim(-1, 1)
 
     def mean(self, z, t, y, tau=None, cfg=1.0):
         v = self.velocity(z, t, y, tau, cfg)
@@ -264,8 +262,8 @@ class DFM(Purrception):
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
         In a step, a masked position becomes code k with probability pi_k / (T (1 - t)): its first
-        uniform number picks the step, its second the code. The authors' release also masks codes
-        again, and ends with an arg max.
+        uniform number picks the step, its second the code. The release also masks codes again, and
+        ends with an arg max.
         """
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)                      # [B,h,w] each
@@ -278,8 +276,8 @@ class DFM(Purrception):
             t = torch.full_like(y, s / steps, dtype=torch.float)
             drawn = torch.empty_like(uniform, dtype=torch.long)
             drawn = drawn.unsqueeze(1)
-            for rows, logits in self.outputs(z, t, y, cfg):
-                pi = torch.softmax(logits / tau, 1)
+            for rows, logits in self.outputs(z, t, y, cfg, tau):
+                pi = torch.softmax(logits, 1)
                 drawn[rows] = pick(pi, uniform[rows])
             drawn = self.on_grid(drawn).squeeze(-1)
             due = when < (s + 1) / steps
@@ -312,36 +310,25 @@ OBJECTIVES = {
 
 @torch.no_grad()
 def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
-                  interval=(0, 1), start=0.0, known=None, states=None):
+                  interval=(0, 1), start=0.0, states=None):
     """Sample codes [B,h,w] as flow.sample does, for any method that has a mean. Beyond it:
 
     order: 2 extends the line through the last two mu, so that ten steps are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
     start: a time; noise is then a point z_t of the path there, such as a noisy picture;
-    known: codes [B,h,w] to end in, -1 where any may be chosen;
     states: a list, to which each step adds t and z at its end, and mu at its start.
     """
-    if known is None:
-        known = y.new_full((len(y), 1, 1), -1)
-    free = known < 0
-    moves = free.unsqueeze(1)
-    z1 = flow.embed(known.clamp(0))
     z = flow.prior(len(y)) if noise is None else noise
-
-    def time(s):
-        return start + (1 - start) * (s / steps)  # exactly 1 at last
 
     low, high = interval
     old_t = old_mu = None
-    for s in range(steps):
-        t = time(s)
-        after = time(s + 1)
-        times = torch.full_like(y, t, dtype=torch.float)
+    times = [start + (1 - start) * (s / steps) for s in range(steps + 1)]  # ends at exactly 1
+    for t, after in zip(times, times[1:]):
         guidance = cfg if low <= t <= high else 1.0
-        mu = flow.mean(z, times, y, tau, guidance)
-        mu = torch.where(moves, mu, z1)
+        time = torch.full_like(y, t, dtype=torch.float)
+        mu = flow.mean(z, time, y, tau, guidance)
         v = (mu - z) / (1 - t)
-        if order == 2 and s > 0:
+        if order == 2 and t > start:
             slope = (mu - old_mu) / (t - old_t)
             v = v + slope_weight(t, after) * slope
         old_t = t
@@ -349,8 +336,7 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
         z = z + (after - t) * v
         if states is not None:
             states.append((after, z, mu))
-    codes = flow.nearest(z)
-    return torch.where(free, codes, known)
+    return flow.nearest(z)
 
 
 def slope_weight(t, after):
@@ -390,17 +376,17 @@ def geometric_head(flow):
 # ---------- codes
 
 def nearest_code(z, E):
-    """Find argmin_k |z - e_k| for every row of z [N,d] among the rows of E [K,d]: int64 [N]."""
+    """Find argmin_k |z - e_k| for z [...,d] among the rows of E [K,d]: int64 [...]."""
+    rows = z.flatten(0, -2)
     e2 = E.square().sum(1)
-    # A CPU keeps 1 MiB of distances in its cache; a GPU wants large products.
-    numbers = 2 ** 26 if z.is_cuda else 2 ** 18
-    n = max(1, numbers // len(E))
-    codes = torch.empty(len(z), dtype=torch.long, device=z.device)
+    n = chunk_rows(len(E), z.device, cpu=2 ** 18)  # 1 MiB of distances stay in the cache
+    codes = torch.empty(len(rows), dtype=torch.long, device=z.device)
     with torch.autocast(z.device.type, enabled=False):  # float32 island
-        for i in range(0, len(z), n):
-            scores = torch.addmm(e2, z[i:i + n], E.T, alpha=-2)  # [n,K]: |z - e_k|^2 - |z|^2
+        for i in range(0, len(rows), n):
+            x = rows[i:i + n]
+            scores = torch.addmm(e2, x, E.T, alpha=-2)  # [n,K]: |x - e_k|^2 - |x|^2
             codes[i:i + n] = scores.argmin(1)
-    return codes
+    return codes.view(z.shape[:-1])
 
 
 def to_tokens(codes, p):
@@ -413,12 +399,12 @@ def to_tokens(codes, p):
 
 # ---------- the head, in chunks
 
-def chunk_rows(K, device):
-    """Return how many rows of K logits to hold at a time: 256 MiB on a GPU, else 16 MiB.
+def chunk_rows(K, device, cpu=2 ** 22):
+    """Return how many rows of K numbers to hold at a time: 256 MiB on a GPU, else 16 MiB.
 
     On a CPU, malloc would map new pages for every block from 32 MiB on.
     """
-    numbers = 2 ** 26 if device.type == "cuda" else 2 ** 22
+    numbers = 2 ** 26 if device.type == "cuda" else cpu
     return max(1, numbers // K)
 
 

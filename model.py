@@ -131,25 +131,14 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Map a noisy latent, a time and a class to logits. By default DiT-XL/2 on vq-f8's codes."""
 
-    def __init__(
-        self,
-        input_size=32,
-        patch_size=2,
-        in_channels=4,
-        out_channels=16384,
-        hidden_size=1152,
-        depth=28,
-        num_heads=16,
-        mlp_ratio=4.0,
-        num_classes=1000
-    ):
+    def __init__(self, input_size=32, patch_size=2, in_channels=4, out_channels=16384,
+                 hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0, num_classes=1000):
         super().__init__()
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
-        p = patch_size
-        patches = nn.Conv2d(in_channels, hidden_size, p, stride=p)
+        patches = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = chain(proj=patches, flatten=nn.Flatten(2))  # [B,D,N]
         self.t_embedder = TimestepEmbedder(hidden_size)
         labels = nn.Embedding(num_classes + 1, hidden_size)  # the last means "no class"
@@ -168,9 +157,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as for a linear layer
         nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        mlp = self.t_embedder.mlp
+        for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
         zeroed = [block.adaLN_modulation[1] for block in self.blocks]
         zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
         for layer in zeroed:

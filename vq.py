@@ -145,8 +145,7 @@ class VQ(nn.Module):
         self.l2_norm = l2_norm
         self.encoder = encoder(ch, ch_mult, num_res_blocks, z_channels, norm)
         self.decoder = decoder(ch, ch_mult, num_res_blocks, z_channels, norm)
-        self.quantize = nn.Module()
-        self.quantize.embedding = nn.Embedding(n_embed, embed_dim)
+        self.quantize = chain(embedding=nn.Embedding(n_embed, embed_dim))
         self.quant_conv = nn.Conv2d(z_channels, embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
@@ -173,8 +172,7 @@ class VQ(nn.Module):
         z = z.movedim(1, -1).to(E.dtype)  # [B,h,w,d]
         if self.l2_norm:
             z = F.normalize(z, dim=-1)
-        codes = nearest_code(z.flatten(0, 2), E)
-        return codes.view(z.shape[:3])
+        return nearest_code(z, E)
 
     def decode(self, codes):
         """Map codes [B,h,w] to images [B,3,H,W], clamped to [-1,1]."""
@@ -297,36 +295,30 @@ def list_images(root):
     for path in paths:
         name = root.resolve().name if flat else path.relative_to(root).parts[0]
         groups.setdefault(name, []).append(path)
-    classes = [name for name in sorted(groups) if any(map(is_readable, groups[name]))]
-    if not classes:
+    groups = {name: groups[name] for name in sorted(groups) if any(map(is_readable, groups[name]))}
+    if not groups:
         raise InputError(f"{root}: holds no readable picture")
-    paths = []
-    labels = []
-    for label, name in enumerate(classes):
-        paths += groups[name]
-        labels += [label] * len(groups[name])
-    return paths, np.array(labels), classes
+    labels = np.repeat(range(len(groups)), [len(group) for group in groups.values()])
+    paths = [path for group in groups.values() for path in group]
+    return paths, labels, list(groups)
 
 
 def open_arrays(args, labels, side, rank):
-    """Open codes.npy, with --flip also codes_flip.npy, and labels.npy."""
+    """Open codes.npy, with --flip also codes_flip.npy, and labels.npy, which is made last."""
     blank = np.broadcast_to(np.uint16(EMPTY), (len(labels), side, side))
-    arrays = {"codes.npy": blank, "codes_flip.npy": blank, "labels.npy": labels}
+    names = ["codes.npy", "codes_flip.npy", "labels.npy"]
     if not args.flip:
-        del arrays["codes_flip.npy"]
-
-    def whole(name):
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            found = np.load(args.out / name, mmap_mode="r")
-            return found.shape == arrays[name].shape and found.dtype == arrays[name].dtype
-
-    if rank == 0 and not all(map(whole, arrays)):
-        (args.out / "labels.npy").unlink(missing_ok=True)
-        for name, array in arrays.items():  # in full size, so a full disk shows now
-            with write_whole(args.out / name) as file:
-                np.save(file, array)
-    wait_for(lambda: all(map(whole, arrays)))
-    return [np.load(args.out / name, mmap_mode="r+") for name in arrays]
+        names.remove("codes_flip.npy")
+    paths = [args.out / name for name in names]
+    if rank == 0 and not paths[-1].exists():
+        for path in paths:  # in full size, so a full disk shows now
+            with write_whole(path) as file:
+                np.save(file, labels if path == paths[-1] else blank)
+    wait_for(paths[-1].exists)
+    with InputError.explain(f"{args.out}: damaged; remove it, and repeat this command"):
+        for mode in ("r", "r+"):  # "r" refuses a file cut short, which "r+" would fill up
+            arrays = [np.load(path, mmap_mode=mode) for path in paths]
+    return arrays
 
 
 def describe(args, vq, paths, classes):
@@ -374,15 +366,15 @@ def encode_folder(args, vq, rank, world, device):
         for codes, images in zip(maps, (x, x.flip(3))):
             codes[rows] = vq.encode(images).cpu().numpy()
         if rank == 0 and rows[0] == todo[0]:
-            few = torch.from_numpy(maps[0][rows[:4]].astype(np.int64))
-            db = psnr(pixels[:4], vq.decode_pixels(few.to(device)))
+            few = torch.tensor(maps[0][rows[:4]].astype(int), device=device)
+            db = psnr(pixels[:4], vq.decode_pixels(few))
             tqdm.write(f"PSNR of a few: {db:.1f} dB; below 20, another tokenizer may be better")
     if rank == 0:
         wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
         bad = (labels < 0).sum()
         print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} left out")
-        small = "--model DiT-S/2" if device.type == "cuda" else "--model DiT-demo/2"
-        flags = f"{small} --global-batch-size 64 --steps 20000 --ema-ramp"
+        model = "demo" if device.type == "cpu" else "S"
+        flags = f"--model DiT-{model}/2 --global-batch-size 64 --steps 20000 --ema-ramp"
         print(f"next: python train.py --data {shlex.quote(str(args.out))}",
               flags if len(labels) < 200_000 else "")
 
@@ -599,13 +591,10 @@ def claim_folder(folder, note, record, rank, remake=False):
             noted = json.loads(note.read_text()) if note.exists() else {}
             return noted | ignored
 
-    if rank == 0 and remake and "ckpt" in theirs():
-        try:
-            InputError.compare(f"{folder}/ is made anew", theirs(), ours)
-        except InputError as change:
-            print(change)
-            for path in folder.glob("[0-9]*.png"):
-                path.unlink()
+    if rank == 0 and remake and "ckpt" in theirs() and theirs() != ours:
+        print(f"{folder}/ held samples of {theirs()['ckpt']}, and is made anew")
+        for path in folder.glob("[0-9]*.png"):
+            path.unlink()
     if rank == 0 and (theirs() == ours or not any(folder.glob("[!.]*"))):
         with write_whole(note) as file:
             file.write(json.dumps(record, indent=1).encode())

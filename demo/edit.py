@@ -23,6 +23,26 @@ from train import load_run, seeded
 from vq import InputError, crop, from_pixels, read_image, save_image, setup_process
 
 
+class Kept:
+    """A method whose mean is e_k wherever code k is known, so that there all paths end in it.
+
+    known: codes [1,h,w], -1 where any may be chosen.
+    """
+
+    def __init__(self, flow, known):
+        self.flow = flow
+        self.known = known
+        self.free = known < 0
+
+    def mean(self, z, *settings):
+        z1 = self.flow.embed(self.known.clamp(0))
+        mu = self.flow.mean(z, *settings)
+        return torch.where(self.free.unsqueeze(1), mu, z1)
+
+    def nearest(self, z):
+        return torch.where(self.free, self.flow.nearest(z), self.known)
+
+
 def kept_codes(codes, box, vq):
     """Return the codes [1,h,w] inside a box of pixels, rounded outwards, and -1 outside of it."""
     side = codes.shape[1] * vq.factor
@@ -51,8 +71,8 @@ def edit(run, args):
     for start in np.linspace(args.start, 1, args.resample + 2)[:-1].tolist():
         z0 = torch.cat([flow.prior(1, generator) for generator in generators]).to(device)
         z = flow.path(z0, codes, torch.full((len(y),), start, device=device))
-        codes = sample_beyond(flow, y, args.steps, args.tau, args.cfg_scale, z, args.order,
-                              start=start, known=known)
+        codes = sample_beyond(Kept(flow, known), y, args.steps, args.tau, args.cfg_scale, z,
+                              args.order, start=start)
     # The decoder sees all codes, so that kept ones look a little different: put them back.
     kept = (known >= 0).cpu().repeat_interleave(vq.factor, 1).repeat_interleave(vq.factor, 2)
     return torch.where(kept.unsqueeze(3), vq.decode_pixels(picture), vq.decode_pixels(codes))

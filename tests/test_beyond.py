@@ -7,6 +7,7 @@ import torch
 from fakes import SIDE, K, landing, method, point
 
 import flow
+from demo.edit import Kept
 from flow import sample_beyond
 
 
@@ -90,7 +91,8 @@ def test_known_codes_stay_and_are_on_their_path_at_all_times(order):
     keep[1:, :2] = True
     f.codebook[6] = f.codebook[5]           # of the two, nearest() returns code 5
     codes[:, 1, 0] = 6
-    sampled = sample_beyond(f, y, 5, noise=z, known=codes.where(keep, -1), order=order)
+    kept = Kept(f, codes.where(keep, -1))
+    sampled = sample_beyond(kept, y, 5, noise=z, order=order)
     for at, t, _ in f.model.calls:
         on_path = f.path(z, codes, t)
         torch.testing.assert_close(at[..., keep], on_path[..., keep], atol=1e-5, rtol=1e-5)

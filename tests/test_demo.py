@@ -50,9 +50,9 @@ def calls(monkeypatch):
     """What edit.py asks flow.py for: noise, start, known and the codes that it got."""
     made = []
 
-    def spy(flow, y, steps, tau, cfg, noise, order, start, known):
-        codes = sample_beyond(flow, y, steps, tau, cfg, noise, order, start=start, known=known)
-        made.append((noise, start, known, codes))
+    def spy(kept, y, steps, tau, cfg, noise, order, start):
+        codes = sample_beyond(kept, y, steps, tau, cfg, noise, order, start=start)
+        made.append((noise, start, kept.known, codes))
         return codes
 
     monkeypatch.setattr(edit, "sample_beyond", spy)

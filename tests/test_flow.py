@@ -192,13 +192,13 @@ def test_chunks_change_no_result(monkeypatch, name, rows):
 
     whole = results()
     sampled = f.sample(y, 5, cfg=1.5, noise=noise)
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: rows)
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: rows)
     torch.testing.assert_close(results(), whole)
     assert f.sample(y, 5, cfg=1.5, noise=noise).equal(sampled)
 
 
 def test_memory_of_sampling_is_bounded_by_the_chunk(monkeypatch):
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: 20)
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: 20)
     codes = 1000
     f = Purrception(Fake(codes), torch.randn(codes, d))
     y = torch.zeros(256, dtype=torch.long)
@@ -228,7 +228,7 @@ def plain_head(h, W, b, target, z_weight=1e-5):
 @pytest.mark.parametrize("rows", [1, 4, 5, 11])         # a chunk holds four
 @pytest.mark.parametrize("z_weight", [0.0, 1e-5, 0.5])
 def test_value_and_gradients_equal_the_plain_formula(monkeypatch, rows, groups, z_weight):
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: 4)
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: 4)
     inputs, target = head_inputs(rows, groups)
     ours = linear_cross_entropy(*inputs, target, z_weight)
     theirs = plain_head(*inputs, target, z_weight)
@@ -261,7 +261,7 @@ def test_no_gradients_are_formed_when_none_are_wanted():
 
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
 def test_under_autocast_only_the_product_is_bf16(monkeypatch, features):
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: 1)    # two hundred chunks to sum
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: 1)    # two hundred chunks to sum
     (h, W, b), target = head_inputs(200, groups=2, dtype=torch.float32)
     inputs = [h.detach().to(features).requires_grad_(), W, b]
     with torch.autocast("cpu", torch.bfloat16):
@@ -296,7 +296,7 @@ def test_the_z_loss_reaches_features_weights_and_bias_in_bf16():
 
 
 def test_memory_of_the_loss_is_bounded_by_the_chunk_not_by_the_positions(monkeypatch):
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: 8)
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: 8)
     chunk = 8 * 256
     for rows in 256, 1024:
         inputs, target = head_inputs(rows, groups=2, D=8, K=256, dtype=torch.float32)
@@ -318,5 +318,5 @@ def test_the_compiled_loss_agrees(monkeypatch):
 
     expected = results()
     monkeypatch.setattr(flow, "loss_and_gradient", torch.compile(flow.loss_and_gradient))
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device: 128)      # the last is smaller
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: 128)      # the last is smaller
     torch.testing.assert_close(results(), expected)
