@@ -273,20 +273,6 @@ def read_npz(path):
         return images
 
 
-def read_folder(paths, args):
-    """Yield batches [B,H,W,3] of pictures, which must have one size."""
-    def read(path):
-        image = read_image(path)
-        return crop(image, args.size) if args.size else np.asarray(image)
-
-    shape = read(paths[0]).shape
-    for names, images in read_ahead(read, paths, BATCH):
-        for name, image in zip(names, images):
-            if image.shape != shape:
-                raise InputError(f"{name}: is {image.shape}, {paths[0]} is {shape}; use --size")
-        yield np.stack(images)
-
-
 def measure(path, weights, args, device):
     """Return the Statistics of a folder or an .npz; weights: of CatFeatures, or empty."""
     images = find_images(path) if path.is_dir() else read_npz(path)
@@ -294,10 +280,13 @@ def measure(path, weights, args, device):
         return images
     if len(images) < 2:
         raise InputError(f"{path}: holds {len(images)} images; a covariance needs two")
-    if path.is_dir():
-        batches = read_folder(images, args)
-    else:
-        batches = (images[i:i + BATCH] for i in range(0, len(images), BATCH))
+
+    def read(image):
+        if path.is_dir():
+            image = read_image(image)
+            image = crop(image, args.size) if args.size else np.asarray(image)
+        return image
+
     if weights:
         net = CatFeatures().eval().requires_grad_(False)
         net.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()})
@@ -305,22 +294,27 @@ def measure(path, weights, args, device):
     else:
         net = inception(args.weights, device)
     rows = []
+    shape = read(images[0]).shape
+    batches = read_ahead(read, images, BATCH)
     total = math.ceil(len(images) / BATCH)
-    for pixels in tqdm(batches, str(path), total, unit=" batches", disable=None):
-        x = torch.from_numpy(pixels).to(device).movedim(3, 1)
+    for names, pixels in tqdm(batches, str(path), total, unit=" batches", disable=None):
+        for name, image in zip(names, pixels):
+            if image.shape != shape:
+                raise InputError(f"{name}: is {image.shape}, {images[0]} is {shape}; use --size")
+        x = torch.from_numpy(np.stack(pixels)).to(device).movedim(3, 1)
         rows.append(net(x).cpu().numpy())  # [B,D]
     return Statistics(*statistics(np.concatenate(rows)), len(images))
 
 
 def recorded(samples):
-    """Return what sample.py recorded beside the samples, or {}."""
+    """Return the reference and the number of images that sample.py recorded, or None and 0."""
     path = samples.absolute()
     try:
         record = json.loads(path.with_name(f"{path.name}.json").read_text())
-        known = isinstance(record["reference"], str | None)
-        return record if known and isinstance(record["num_samples"], int) else {}
+        reference = record["reference"]
+        return reference and Path(reference), int(record["num_samples"])
     except Exception:  # no file, or another program's
-        return {}
+        return None, 0
 
 
 def main(argv=None):
@@ -333,14 +327,14 @@ def main(argv=None):
     add("--save-stats", type=Path, metavar="FILE", help="write the statistics, for --ref")
     args = parser.parse_args(argv)
     _, _, device = setup_process()
-    record = recorded(args.samples)
-    reference = args.ref or record.get("reference")
+    reference, count = recorded(args.samples)
+    reference = args.ref or reference
     if not (reference or args.save_stats):
         raise InputError(f"{args.samples}: has no recorded reference; give --ref")
-    if record and len(find_images(args.samples)) < record.get("num_samples", 0):
+    if count and len(find_images(args.samples)) < count:
         raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
 
-    theirs = measure(Path(reference), {}, args, device) if reference else None
+    theirs = measure(reference, {}, args, device) if reference else None
     weights = (theirs and theirs.weights) or {}
     mu, sigma, n, *_ = measure(args.samples, weights, args, device)
     if args.save_stats:

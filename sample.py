@@ -4,9 +4,8 @@
     python sample.py --steps 10 --order 2       ten calls, as good as fifty: beyond the paper
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --out xl2
 
-Image i depends on the checkpoint, the flags and (seed, i) alone (in bf16, up to rounding). So any
-number of processes makes the same images, and the same command resumes.
-OUT.json records the flags; OUT.png is a sheet.
+Image i depends on checkpoint, flags and (seed, i) alone, in bf16 or on a GPU up to rounding. So any
+number of processes makes the same images, and the same command resumes. OUT.json records the flags.
 """
 import argparse
 import math
@@ -45,8 +44,8 @@ def draw_noise(flow, indices, seed):
 
 def beyond(args):
     """Return the settings that go beyond the paper, or {}."""
-    settings = {"order": args.order, "interval": args.cfg_interval}
-    return {} if settings == {"order": 1, "interval": [0, 1]} else settings
+    settings = dict(order=args.order, interval=args.cfg_interval)
+    return {} if settings == dict(order=1, interval=[0, 1]) else settings
 
 
 def draw(run, args, indices):
@@ -102,15 +101,18 @@ def parse(argv):
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: on GPUs")
     args = parser.parse_args(argv)
     counts = args.steps, args.num_samples, args.per_proc_batch_size, args.seed + 1
-    if min(counts) < 1 or args.tau is not None and not args.tau > 0:
-        parser.error("--steps, --num-samples, --per-proc-batch-size, --tau, --seed: too small")
-    if not math.isfinite(args.cfg_scale):
-        parser.error("--cfg-scale: give a finite number")
     low, high = args.cfg_interval
-    if not low <= high or args.cfg_interval != [0, 1] and args.cfg_scale == 1:
-        parser.error("--cfg-interval: give LO below HI, and a --cfg-scale")
-    if args.out and args.out.name in ("", ".."):
-        parser.error("--out: give a folder's name")
+    wrong = {
+        "--steps, --num-samples, --per-proc-batch-size, --seed: too small": min(counts) < 1,
+        "--tau: give a positive number": args.tau is not None and not args.tau > 0,
+        "--cfg-scale: give a finite number": not math.isfinite(args.cfg_scale),
+        "--cfg-interval: give LO below HI": not low <= high,
+        "--cfg-interval: needs --cfg-scale": [low, high] != [0, 1] and args.cfg_scale == 1,
+        "--out: give a folder's name": args.out and args.out.name in ("", "..")
+    }
+    for message in wrong:
+        if wrong[message]:
+            parser.error(message)
     return args
 
 
@@ -130,14 +132,13 @@ def check_flags(args, run):
 def describe(run, args):
     """Return what OUT.json records: all that decides the images."""
     reference = run.data.path / run.data.meta["reference"]
-    record = {
-        "ckpt": str(run.ckpt.resolve()),
-        "step": run.step,
-        "started": run.args.started,
-        "weights": f"{run.flow.model.final_layer.linear.weight.double().norm():.8g}",
-        "data": str(run.data.path),
-        "reference": str(reference) if reference.is_file() else None
-    }
+    record = dict(
+        ckpt=str(run.ckpt.resolve()),
+        step=run.step,
+        started=run.args.started,
+        weights=f"{run.flow.model.final_layer.linear.weight.double().norm():.8g}",
+        data=str(run.data.path),
+        reference=str(reference) if reference.is_file() else None)
     names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
     return record | {name: getattr(args, name) for name in names} | beyond(args)
 
@@ -150,8 +151,7 @@ def main(argv=None):
     if rank == 0:
         print(f"checkpoint: {run.ckpt}, step {run.step} of {run.args.steps}")
     check_flags(args, run)
-    meta = run.data.meta
-    args.classes = pick_classes(args.classes, meta["classes"])
+    args.classes = pick_classes(args.classes, run.args.classes)
     args.tau = args.tau or TAU.get(run.args.objective)
     if args.bf16 is None:
         args.bf16 = device.type == "cuda" and bf16_is_fast(device)

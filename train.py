@@ -21,7 +21,6 @@ import json
 import math
 import os
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 import flow as method
@@ -56,7 +56,7 @@ def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
     path = Path(os.path.realpath(path))
     if not (path / "meta.json").exists():
-        raise InputError(f"--data {path}: not a data directory, or moved; to make one from images: "
+        raise InputError(f"--data {path}: not a data directory, or moved; to make one: "
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
     with InputError.explain(f"--data {path}: unusable; encode the images again"):
         meta = {"reference": ""} | json.loads((path / "meta.json").read_text())
@@ -68,18 +68,16 @@ def open_data(path, device):
         flipped = np.load(mirrored, mmap_mode="r") if mirrored.exists() else codes
         labels = np.load(path / "labels.npy")
         side = codes.shape[1]
-        if not codes.shape == flipped.shape == (*labels.shape, side, side):
-            raise ValueError("codes and labels differ in size")
-        if not codes.size or not codes.dtype == flipped.dtype == np.uint16:
-            raise ValueError("the codes are none, or not uint16")
         names = [name for name in meta["classes"] if isinstance(name, str)]
-        if labels.dtype.kind not in "iu" or labels.max() not in range(len(names)):
-            raise ValueError("no image is readable, or a label has no class with a name")
+        if not (codes.shape == flipped.shape == (*labels.shape, side, side)
+                and codes.dtype == flipped.dtype == np.uint16
+                and labels.dtype.kind in "iu" and labels.max() in range(len(names))):
+            raise ValueError("codes, labels and classes in meta.json do not fit together")
+        top = max(codes.max(), flipped.max())
     vq = load_vq(path / meta["tokenizer"], device)
-    found = meta | {"tokenizer_sha256": vq.sha256}
-    meta = found | meta
-    InputError.compare(f"{path}/meta.json: name the tokenizer that made the codes", meta, found)
-    top = max(codes.max(), flipped.max())
+    if meta.setdefault("tokenizer_sha256", vq.sha256) != vq.sha256:
+        raise InputError(f"{path}/meta.json: name the tokenizer that made the codes, not another; "
+                         f"the sha256 of {meta['tokenizer']} is {vq.sha256}")
     if top >= len(vq.codebook):  # 65535: not encoded yet
         raise InputError(f"--data {path}: has code {top} of {len(vq.codebook)}; repeat vq.py")
     return Data(path, meta, codes, flipped, labels, np.flatnonzero(labels >= 0)), vq
@@ -176,7 +174,7 @@ def newest(folder, *patterns):
     files = []
     for pattern in patterns:
         files += glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
-    files = [file for file in files if os.path.exists(file)]
+    files = list(filter(os.path.exists, files))
     if not files:
         raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
     return Path(max(files, key=os.path.getmtime))
@@ -188,10 +186,9 @@ def new_run(name=None):
     while Path("runs", f"{i:03d}").exists():
         i += 1
     run = Path("runs", name or f"{i:03d}")
-    if not any(run.glob("[!.]*")):
-        shutil.rmtree(run, ignore_errors=True)  # of a process killed at its start
+    empty = not any(run.glob("[!.]*"))  # as of a process killed at its start
     with InputError.explain(f"--name {run.name}: give --resume or another name"):
-        run.mkdir(parents=True)
+        run.mkdir(parents=True, exist_ok=empty)
     return run
 
 
@@ -324,6 +321,7 @@ def train(args, data, vq, run, stop, rank, world, device):
         geometric_head(flow)
     ema = copy.deepcopy(flow).requires_grad_(False)
     opt = make_optimizer(flow, args.lr)
+    params = opt.param_groups[0]["params"]
     start = 0
     ckpt = "none"
     if run and any(run.glob("ckpt*.pt")):
@@ -361,7 +359,10 @@ def train(args, data, vq, run, stop, rank, world, device):
         message = torch.stack([*losses.values(), asked]) / world
         if world > 1:
             dist.all_reduce(message)
-        grad_norm = torch.nn.utils.clip_grad_norm_(flow.parameters(), args.grad_clip).item()
+        norm = get_total_norm([p.grad for p in params])
+        grad_norm = norm.item()
+        if grad_norm > args.grad_clip:
+            clip_grads_with_norm_(params, args.grad_clip, norm)
         *means, stopping = message.tolist()
         if not math.isfinite(means[0] + grad_norm):
             raise InputError(f"step {step + 1}: loss {means[0]}; --resume with a smaller --lr")
@@ -417,27 +418,35 @@ def flags():
     add("--resume", action="store_true", help="continue --name or the newest run")
     add("--objective", default="purrception", choices=OBJECTIVES, help="the method or a baseline")
     add("--model", default="DiT-XL/2", choices=SIZES, help="size of the network")
-    add("--steps", type=int, default=3_500_000, help="training steps")
-    add("--global-batch-size", type=int, default=256, help="images per step, in all")
-    add("--accumulate", type=int, default=1, help="micro-batches per process")
-    add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
-    add("--warmup", type=int, default=0, help="steps over which --lr rises")
-    add("--cooldown", type=float, default=0.0, help="share of steps over which --lr falls to 0 (*)")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's")
-    add("--grad-clip", type=float, default=1.0, help="largest gradient norm")
-    add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
-    add("--ema-ramp", action=switch, default=False, help="cap decay at (1 + step) / (10 + step)")
-    add("--z-loss", type=float, default=1e-5, help="weight of the z-loss")
-    add("--geometric-head", action=switch, default=False, help="start it from the codebook (*)")
-    add("--logit-normal", action=switch, default=False, help="draw t with logit(t) ~ N(0, 1) (*)")
-    add("--label-dropout", type=float, default=0.1, help="share of labels to drop")
-    add("--seed", type=int, default=0, help="random seed")
+    numbers = [
+        ("--steps", 3_500_000, "training steps"),
+        ("--global-batch-size", 256, "images per step, in all"),
+        ("--accumulate", 1, "micro-batches per process"),
+        ("--lr", 1e-4, "learning rate of AdamW"),
+        ("--warmup", 0, "steps over which --lr rises"),
+        ("--cooldown", 0.0, "share of steps over which --lr falls to 0 (*)"),
+        ("--weight-decay", 0.01, "AdamW's"),
+        ("--grad-clip", 1.0, "largest gradient norm"),
+        ("--ema-decay", 0.9999, "decay of the averaged weights"),
+        ("--z-loss", 1e-5, "weight of the z-loss"),
+        ("--label-dropout", 0.1, "share of labels to drop"),
+        ("--seed", 0, "random seed"),
+        ("--log-every", 100, "steps between log lines"),
+        ("--ckpt-every", 25_000, "steps between checkpoints"),
+        ("--keep-every", 0, "steps between those kept; 0: none"),
+        ("--sample-every", 5000, "steps between pictures; 0: none")
+    ]
+    for name, default, text in numbers:
+        add(name, type=type(default), default=default, help=text)
+    switches = [
+        ("--ema-ramp", "cap the decay at (1 + step) / (10 + step)"),
+        ("--geometric-head", "start the head from the codebook (*)"),
+        ("--logit-normal", "draw t with logit(t) ~ N(0, 1) (*)"),
+        ("--compile", "torch.compile the blocks and the loss")
+    ]
+    for name, text in switches:
+        add(name, action=switch, default=False, help=text)
     add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
-    add("--compile", action=switch, default=False, help="torch.compile the blocks and the loss")
-    add("--log-every", type=int, default=100, help="steps between log lines")
-    add("--ckpt-every", type=int, default=25_000, help="steps between checkpoints")
-    add("--keep-every", type=int, default=0, help="steps between those kept; 0: none")
-    add("--sample-every", type=int, default=5000, help="steps between pictures; 0: none")
     parser.set_defaults(started="", recipe="")
     return parser
 

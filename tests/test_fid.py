@@ -324,7 +324,7 @@ def test_the_reference_is_what_sample_py_recorded(run):
     (Path("a") / "000003.png").unlink()
     with pytest.raises(fid.InputError, match="a: images are missing"):
         run("a")
-    for text in ("", "[1]", '{"num_samples": "7", "reference": "b"}',
+    for text in ("", "[1]", '{"num_samples": "seven", "reference": "b"}',
                  '{"num_samples": 7, "reference": 5}', '{"num_samples": 7, "reference": null}'):
         Path("a.json").write_text(text)
         with pytest.raises(fid.InputError, match="--ref"):

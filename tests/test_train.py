@@ -299,7 +299,7 @@ def test_codes_tokenizer_and_checkpoint_belong_together(run, tiny_data, tiny_vq)
 
     say(tokenizer=str(tiny_vq.with_name("other.pt")), tokenizer_sha256=sha)
     for call in (lambda: main(*resume), lambda: sample.main([])):  # of the same shape, not the same
-        with pytest.raises(InputError, match=f"meta.json: name the tokenizer .*{sha} there"):
+        with pytest.raises(InputError, match="meta.json: name the tokenizer .* is [0-9a-f]{64}"):
             call()
     say(tokenizer=str(tiny_vq.with_name("other.pt")))  # codes of another tokenizer
     for call in (lambda: main(*resume), lambda: sample.main([])):
@@ -466,7 +466,7 @@ def test_an_unusable_data_directory_is_named(run, tiny_data, name, array):
 def test_a_wrong_entry_of_meta_json_is_named(run, tiny_data, key, value):
     meta = json.loads((tiny_data / "meta.json").read_text())
     (tiny_data / "meta.json").write_text(json.dumps(meta | {key: value}))
-    with pytest.raises(InputError, match=f"{tiny_data}: .*({key} in meta.json|class with a name)"):
+    with pytest.raises(InputError, match=f"{tiny_data}: .*{key} in meta.json"):
         run("a", "--steps", 1)
 
 

@@ -498,14 +498,14 @@ def test_a_folder_begun_goes_on_where_it_stopped(empty, todo, run, images, tmp_p
 
 
 @pytest.mark.parametrize("name, size", [
-    ("codes.npy", 300), ("codes_flip.npy", 0), ("labels.npy", -1)])
-def test_damaged_or_lost_arrays_are_made_anew(name, size, run, images, tmp_path):
+    ("codes.npy", 300), ("codes_flip.npy", 0), ("labels.npy", 150)])
+def test_damaged_arrays_are_refused_and_lost_ones_made_anew(name, size, run, images, tmp_path):
     whole = run(images, "--flip")
-    path = tmp_path / "out" / name
-    if size < 0:
-        path.unlink()
-    else:
-        os.truncate(path, size)  # numpy would map zeros behind its end
+    os.truncate(tmp_path / "out" / name, size)  # numpy would map zeros behind its end
+    with pytest.raises(vq.InputError, match=f"{tmp_path}/out: damaged; remove it"):
+        run(images, "--flip")
+    assert os.path.getsize(tmp_path / "out" / name) == size
+    (tmp_path / "out/labels.npy").unlink()
     assert run(images, "--flip") == whole
 
 
