@@ -279,7 +279,7 @@ def measure(path, weights, args, device):
     if isinstance(images, Statistics):
         return images
     if len(images) < 2:
-        raise InputError(f"{path}: holds {len(images)} images; a covariance needs two")
+        raise InputError(f"{path}: holds {len(images)} images; give two or more")
 
     def read(image):
         if path.is_dir():
@@ -323,16 +323,16 @@ def main(argv=None):
     add("samples", type=Path, help="folder or .npz")
     add("--ref", type=Path, help="reference; default: what sample.py recorded")
     add("--weights", type=Path, help="of Inception; default: torch's hub cache, or a download")
-    add("--size", type=int, default=0, help="crop the images of folders, as vq.py does; 0: no")
+    add("--size", type=int, default=0, help="crop pictures of folders as vq.py does")
     add("--save-stats", type=Path, metavar="FILE", help="write the statistics, for --ref")
     args = parser.parse_args(argv)
     _, _, device = setup_process()
     reference, count = recorded(args.samples)
     reference = args.ref or reference
     if not (reference or args.save_stats):
-        raise InputError(f"{args.samples}: has no recorded reference; give --ref")
+        raise InputError(f"{args.samples}: no reference is recorded; give --ref")
     if count and len(find_images(args.samples)) < count:
-        raise InputError(f"{args.samples}: images are missing; repeat the sample.py command")
+        raise InputError(f"{args.samples}: images are missing; repeat sample.py")
 
     theirs = measure(reference, {}, args, device) if reference else None
     weights = (theirs and theirs.weights) or {}
@@ -341,18 +341,19 @@ def main(argv=None):
         with write_whole(args.save_stats) as file:
             np.savez(file, mu=mu, sigma=sigma, count=n, **weights)
         print(f"{args.save_stats}: statistics of {n} images")
-    if theirs:
-        name = "distance (not FID)" if weights else "FID"
-        with InputError.explain(f"{args.samples}, {reference}: cannot be compared"):
-            distance = frechet_distance(mu, sigma, theirs.mu, theirs.sigma)
-        if theirs.others is not None:
-            others = theirs.others[:n or None]
-            floor = frechet_distance(*statistics(others), theirs.mu, theirs.sigma)
-            print(f"{name} of {len(others)} other real images: {floor:.4f}")
-        few = 0 < n < len(mu) or 0 < theirs.count < len(mu)
-        note = " (biased by few images; compare equal counts only)" if few else ""
-        print(f"{name}{note} of {n or 'unknown'} images ({args.samples}) to "
-              f"{theirs.count or 'unknown'} ({reference}): {distance:.4f}")
+    if not theirs:
+        return
+    name = "distance (not FID)" if weights else "FID"
+    with InputError.explain(f"{args.samples}, {reference}: cannot be compared"):
+        distance = frechet_distance(mu, sigma, theirs.mu, theirs.sigma)
+    if theirs.others is not None:
+        others = theirs.others[:n or None]
+        floor = frechet_distance(*statistics(others), theirs.mu, theirs.sigma)
+        print(f"{name} of {len(others)} other real images: {floor:.4f}")
+    few = 0 < n < len(mu) or 0 < theirs.count < len(mu)
+    note = " (biased by few images; compare equal counts only)" if few else ""
+    print(f"{name}{note} of {n or 'unknown'} images ({args.samples}) to "
+          f"{theirs.count or 'unknown'} ({reference}): {distance:.4f}")
 
 
 if __name__ == "__main__":

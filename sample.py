@@ -64,7 +64,7 @@ def draw(run, args, indices):
 
 
 def fill_folder(run, args, paths, rank, world, check):
-    """Make this process's share of the missing images, while check() does not object."""
+    """Make this process's share of the missing images while check() does not object."""
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     n = args.per_proc_batch_size
     saving = []
@@ -91,12 +91,12 @@ def parse(argv):
     add("--tau", type=float, help="temperature; None: 0.9 (dfm: 1)")
     add("--cfg-scale", type=float, default=1.0, help="guidance scale; 1: off")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), default=[0, 1],
-        help="guide only at times t from LO to HI (*)")
+        help="times at which to guide (*)")
     add("--steps", type=int, default=100, help="steps, one network call each")
     add("--order", type=int, choices=(1, 2), default=1, help="2: ten steps are enough (*)")
     add("--seed", type=int, default=0, help="seed of the noise")
-    add("--out", type=Path, help="folder for the PNG files; None: samples/, made anew if need be")
-    add("--per-proc-batch-size", type=int, default=64, help="images in a batch")
+    add("--out", type=Path, help="folder for PNG files; None: samples/, made anew if need be")
+    add("--per-proc-batch-size", type=int, default=64, help="images at a time")
     add("--compile", action="store_true", help="torch.compile the blocks")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: on GPUs")
     args = parser.parse_args(argv)
@@ -170,7 +170,7 @@ def main(argv=None):
         Path(f"{args.out}.png").unlink(missing_ok=True)  # it may be of other images
         for path in {*args.out.glob("[0-9]*.png")} - {*paths}:  # fid.py would count them
             if not remake:
-                raise InputError(f"--out {args.out}: holds more images; give another folder")
+                raise InputError(f"--out {args.out}: holds more images; give another")
             path.unlink()
     fill_folder(run, args, paths, rank, world, check)
     if rank == 0:

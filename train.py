@@ -58,11 +58,14 @@ def open_data(path, device):
     if not (path / "meta.json").exists():
         raise InputError(f"--data {path}: not a data directory, or moved; to make one: "
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
-    with InputError.explain(f"--data {path}: unusable; encode the images again"):
+    with InputError.explain(f"--data {path}: unusable; mend it, or encode the images again"):
         meta = {"reference": ""} | json.loads((path / "meta.json").read_text())
         for key, kind in ENTRIES.items():
             if not isinstance(meta.get(key), kind):
                 raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
+        vq = load_vq(path / meta["tokenizer"], device)
+        if meta.setdefault("tokenizer_sha256", vq.sha256) != vq.sha256:
+            raise ValueError(f"another tokenizer made the codes than {meta['tokenizer']}")
         codes = np.load(path / "codes.npy", mmap_mode="r")
         mirrored = path / "codes_flip.npy"
         flipped = np.load(mirrored, mmap_mode="r") if mirrored.exists() else codes
@@ -74,12 +77,8 @@ def open_data(path, device):
                 and labels.dtype.kind in "iu" and labels.max() in range(len(names))):
             raise ValueError("codes, labels and classes in meta.json do not fit together")
         top = max(codes.max(), flipped.max())
-    vq = load_vq(path / meta["tokenizer"], device)
-    if meta.setdefault("tokenizer_sha256", vq.sha256) != vq.sha256:
-        raise InputError(f"{path}/meta.json: name the tokenizer that made the codes, not another; "
-                         f"the sha256 of {meta['tokenizer']} is {vq.sha256}")
-    if top >= len(vq.codebook):  # 65535: not encoded yet
-        raise InputError(f"--data {path}: has code {top} of {len(vq.codebook)}; repeat vq.py")
+        if top >= len(vq.codebook):  # 65535: not encoded yet
+            raise ValueError(f"code {top} of {len(vq.codebook)}; repeat vq.py")
     return Data(path, meta, codes, flipped, labels, np.flatnonzero(labels >= 0)), vq
 
 
@@ -95,7 +94,7 @@ def batch_rows(N, B, seed, step):
 
 
 def load_batch(data, args, step, part, device):
-    """Load a part of a step's batch: codes [b,h,w], mirrored at random, and labels [b]."""
+    """Load part of a step's batch: codes [b,h,w], mirrored at random, and labels [b]."""
     B = args.global_batch_size
     rows = batch_rows(len(data.readable), B, args.seed, step)
     rows = data.readable[rows[part]]
@@ -119,7 +118,7 @@ def build(args, data, codebook):
     K, d = codebook.shape
     size = SIZES[args.model]
     if data.codes.shape[1] % size["patch_size"]:
-        raise InputError(f"--model {args.model}: its patches do not fill the grid; give another")
+        raise InputError(f"--model {args.model}: patches do not fill the grid; give another")
     objective = OBJECTIVES[args.objective]
     regression = issubclass(objective, CFM)
     model = DiT(
@@ -193,23 +192,23 @@ def new_run(name=None):
 
 
 def bind(args, data, run):
-    """Note the data's classes and tokenizer in args, or refuse others than were noted."""
+    """Note the data's classes and tokenizer in args, or refuse others than noted."""
     ours = {name: data.meta[name] for name in ("classes", "tokenizer_sha256")}
     theirs = {name: vars(args).setdefault(name, x) for name, x in ours.items()}
     InputError.compare(f"--data {data.path}: not that of {run}, give its own", theirs, ours)
 
 
 def agree(read):
-    """Refuse to train with processes that read other things, as on another machine."""
+    """Refuse processes that read other things, as on another machine."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, read)
     for other in everyone:
-        InputError.compare("the processes differ, start them all again", other, read)
+        InputError.compare("processes differ, start all again", other, read)
 
 
 def load_checkpoint(path, **targets):
     """Load modules and optimizers by their names in the file. Return its args and step."""
-    with InputError.explain(f"{path}: does not fit these flags and data; use its own"):
+    with InputError.explain(f"{path}: does not fit flags and data; use its own"):
         if path.suffix == ".json":  # the flags alone
             ckpt = {"args": json.loads(path.read_text()), "step": 0}
         else:
@@ -311,7 +310,7 @@ def catch_signals():
 
 
 def train(args, data, vq, run, stop, rank, world, device):
-    """Train, from the run's newest checkpoint if it has one, until the list `stop` is not empty.
+    """Train from the run's newest checkpoint, if any, until the list `stop` is not empty.
 
     Return the steps done.
     """
@@ -343,7 +342,6 @@ def train(args, data, vq, run, stop, rank, world, device):
     B = args.global_batch_size
     part = slice(rank * B // world, (rank + 1) * B // world)  # this process's share of a batch
     done = start
-    seen = seconds = 0  # since the last line of the log
 
     for step in range(start, args.steps):
         began = time.perf_counter()
@@ -375,19 +373,16 @@ def train(args, data, vq, run, stop, rank, world, device):
         ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
         update_ema(ema.model, flow.model, min(args.ema_decay, ramp))
         done = step + 1
-        seen += B
-        seconds += time.perf_counter() - began  # without pictures and checkpoints
+        speed = B / (time.perf_counter() - began)
         bar.update()
 
         if rank == 0 and (done == 1 or done % args.log_every == 0):
-            speed = seen / seconds
             record = dict(zip(losses, means), grad_norm=grad_norm, lr=lr, images_per_second=speed)
             log = run / "log.jsonl"
             with InputError.explain(f"{log}: cannot be written"), open(log, "a") as file:
                 file.write(json.dumps({"step": done, **record}) + "\n")
             bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s")
-            seen = seconds = 0
-        # The numbered checkpoint comes first: a run killed between the two would never write it.
+        # The numbered one comes first: a run killed between the two would never write it.
         if rank == 0 and due(args.keep_every, done, args):
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
         if rank == 0 and (stopping or done == args.steps or due(args.ckpt_every, done, args)):
@@ -422,9 +417,9 @@ def flags():
         ("--steps", 3_500_000, "training steps"),
         ("--global-batch-size", 256, "images per step, in all"),
         ("--accumulate", 1, "micro-batches per process"),
-        ("--lr", 1e-4, "learning rate of AdamW"),
-        ("--warmup", 0, "steps over which --lr rises"),
-        ("--cooldown", 0.0, "share of steps over which --lr falls to 0 (*)"),
+        ("--lr", 1e-4, "learning rate"),
+        ("--warmup", 0, "steps over which it rises"),
+        ("--cooldown", 0.0, "share of steps over which it falls to 0 (*)"),
         ("--weight-decay", 0.01, "AdamW's"),
         ("--grad-clip", 1.0, "largest gradient norm"),
         ("--ema-decay", 0.9999, "decay of the averaged weights"),
@@ -441,7 +436,7 @@ def flags():
     switches = [
         ("--ema-ramp", "cap the decay at (1 + step) / (10 + step)"),
         ("--geometric-head", "start the head from the codebook (*)"),
-        ("--logit-normal", "draw t with logit(t) ~ N(0, 1) (*)"),
+        ("--logit-normal", "draw logit(t) ~ N(0, 1) (*)"),
         ("--compile", "torch.compile the blocks and the loss")
     ]
     for name, text in switches:

@@ -1,8 +1,8 @@
 """Map pixels to codes and back with the frozen VQ autoencoder whose codes Purrception generates.
 
-    encode    x -> h = encoder(x) -> c = argmin_k |h - e_k|         images to codes     (Eq. 8, 9)
-    embed     c -> z = e_c                                          codes to latents
-    decode    c -> decoder(e_c)                                     codes to images
+    encode    c = argmin_k |encoder(x) - e_k|     (Eq. 8, 9)
+    embed     z = e_c
+    decode    x = decoder(z)
 
 The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), of vq_ds8_c2i
 (FoundationVision/LlamaGen), and of this project's tokenizers.
@@ -204,7 +204,7 @@ def read_checkpoint(path):
 
     Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
-    with InputError.explain(f"{path}: unreadable; files of torch < 1.6 need to be saved again"):
+    with InputError.explain(f"{path}: unreadable; a file of torch < 1.6 must be saved anew"):
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         for name in names:
             if not TRAINERS.fullmatch(name):
@@ -290,7 +290,7 @@ def list_images(root):
     paths = find_images(root)
     flat = [path for path in paths if path.parent == root]
     if 0 < len(flat) < len(paths):
-        raise InputError(f"{flat[0]}: is beside class folders; move it into one")
+        raise InputError(f"{flat[0]}: move it into a class folder")
     groups = {}
     for path in paths:
         name = root.resolve().name if flat else path.relative_to(root).parts[0]
@@ -306,16 +306,14 @@ def list_images(root):
 def open_arrays(args, labels, side, rank):
     """Open codes.npy, with --flip also codes_flip.npy, and labels.npy, which is made last."""
     blank = np.broadcast_to(np.uint16(EMPTY), (len(labels), side, side))
-    names = ["codes.npy", "codes_flip.npy", "labels.npy"]
-    if not args.flip:
-        names.remove("codes_flip.npy")
-    paths = [args.out / name for name in names]
+    names = ["codes", "codes_flip", "labels"] if args.flip else ["codes", "labels"]
+    paths = [args.out / f"{name}.npy" for name in names]
     if rank == 0 and not paths[-1].exists():
         for path in paths:  # in full size, so a full disk shows now
             with write_whole(path) as file:
                 np.save(file, labels if path == paths[-1] else blank)
     wait_for(paths[-1].exists)
-    with InputError.explain(f"{args.out}: damaged; remove it, and repeat this command"):
+    with InputError.explain(f"{args.out}: damaged; remove it and repeat"):
         for mode in ("r", "r+"):  # "r" refuses a file cut short, which "r+" would fill up
             arrays = [np.load(path, mmap_mode=mode) for path in paths]
     return arrays
@@ -368,7 +366,7 @@ def encode_folder(args, vq, rank, world, device):
         if rank == 0 and rows[0] == todo[0]:
             few = torch.tensor(maps[0][rows[:4]].astype(int), device=device)
             db = psnr(pixels[:4], vq.decode_pixels(few))
-            tqdm.write(f"PSNR of a few: {db:.1f} dB; below 20, another tokenizer may be better")
+            tqdm.write(f"PSNR of a few: {db:.1f} dB; below 20, try another tokenizer")
     if rank == 0:
         wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
         bad = (labels < 0).sum()
@@ -386,7 +384,7 @@ def psnr(a, b):
 
 
 def reconstruct(args, vq, device):
-    """Write a sheet of originals and reconstructions, and print their PSNR in dB."""
+    """Write a sheet of originals and reconstructions, and print their PSNR."""
     pairs = []
     for path in args.reconstruct:
         original = crop(read_image(path), args.size)
@@ -404,10 +402,10 @@ def main():
     add("images", nargs="?", type=Path, help="folder to encode, one sub-folder per class")
     add("--vq", type=Path, required=True, help="weights of the tokenizer")
     add("--out", type=Path, help="folder to write; with --reconstruct, a picture")
-    add("--size", type=int, default=256, help="side of the centre crop in pixels")
-    add("--flip", action="store_true", help="also store the codes of the mirrored images")
-    add("--reconstruct", nargs="+", type=Path, metavar="IMAGE", help="reconstruct these instead")
-    add("--batch-size", type=int, default=32, help="images per process and batch")
+    add("--size", type=int, default=256, help="side of the centre crop; default: 256")
+    add("--flip", action="store_true", help="also encode the mirrored images")
+    add("--reconstruct", nargs="+", type=Path, metavar="IMAGE", help="only compare these")
+    add("--batch-size", type=int, default=32, help="images at a time")
     args = parser.parse_args()
     if bool(args.images) == bool(args.reconstruct) or args.images and not args.out:
         parser.error("give IMAGES and --out, or --reconstruct IMAGE...")
@@ -416,7 +414,7 @@ def main():
     if len(vq.codebook) > EMPTY:
         raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
     if min(args.size, args.batch_size) < 1 or args.size % vq.factor:
-        raise InputError(f"--size {args.size}: give a positive multiple of {vq.factor}; "
+        raise InputError(f"--size {args.size}: give a multiple of {vq.factor}; "
                          f"--batch-size {args.batch_size}: one or more")
     if args.images:
         encode_folder(args, vq, rank, world, device)
@@ -517,7 +515,7 @@ def save_image(path, pixels, columns=None):
 # ---------- files and processes
 
 class InputError(SystemExit):
-    """Exit with code 1 and a line that names a wrong file or flag."""
+    """Exit with code 1 and one line that names a file or flag."""
 
     def __init__(self, message):
         super().__init__(" ".join(message.split())[:500])
@@ -525,7 +523,7 @@ class InputError(SystemExit):
     @classmethod
     @contextlib.contextmanager
     def explain(cls, message):
-        """Turn any error in a with block into an InputError."""
+        """Turn any error in a with block into this one."""
         try:
             yield
         except Exception as error:
@@ -533,7 +531,7 @@ class InputError(SystemExit):
 
     @classmethod
     def compare(cls, message, theirs, ours):
-        """Refuse dictionaries that differ, and name the first entry that does."""
+        """Refuse dictionaries that differ, and name the first difference."""
         for key in sorted({*theirs, *ours}):
             if theirs.get(key) != ours.get(key):
                 raise cls(f"{message}: {key} is {theirs.get(key)} there, {ours.get(key)} here")
@@ -572,14 +570,14 @@ def read_ahead(read, items, n):
 
 
 def wait_for(ready, limit=math.inf):
-    """Wait for another process. If it fails, torchrun ends this one."""
+    """Wait for another process; if it fails, torchrun ends this one."""
     end = time.monotonic() + limit
     while not ready() and time.monotonic() < end:
         time.sleep(0.2)
 
 
 def claim_folder(folder, note, record, rank, remake=False):
-    """Write record to the file `note`, or refuse or remake a folder that another record made.
+    """Write record to the file `note`; refuse, or remake, a folder of another record.
 
     Return a function that refuses the folder once another command has taken it.
     """
@@ -587,7 +585,7 @@ def claim_folder(folder, note, record, rank, remake=False):
     ours = record | ignored
 
     def theirs():
-        with InputError.explain(f"{note}: describes other files; give another --out"):
+        with InputError.explain(f"{note}: unreadable; give another --out"):
             noted = json.loads(note.read_text()) if note.exists() else {}
             return noted | ignored
 
@@ -601,7 +599,7 @@ def claim_folder(folder, note, record, rank, remake=False):
     wait_for(lambda: theirs() == ours, 300 if rank else 0)
 
     def check():
-        InputError.compare(f"--out {folder}: holds other files, give another", theirs(), ours)
+        InputError.compare(f"--out {folder}: taken, give another", theirs(), ours)
 
     check()
     return check
@@ -614,7 +612,7 @@ def setup_process():
     rank, local, world = 0, 0, 1
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"
     if any(os.environ.get(name) for name in names[:3]):
-        with InputError.explain(f"{' '.join(names)} MASTER_ADDR: set all (see torchrun) or none"):
+        with InputError.explain(f"{' '.join(names)} MASTER_ADDR: set all or none; use torchrun"):
             rank, local, world, _ = (int(os.environ[name]) for name in names)
             if not 0 <= local <= rank < world or not os.environ["MASTER_ADDR"]:
                 raise ValueError("they do not fit together")

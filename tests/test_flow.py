@@ -261,7 +261,7 @@ def test_no_gradients_are_formed_when_none_are_wanted():
 
 @pytest.mark.parametrize("features", [torch.float32, torch.bfloat16])
 def test_under_autocast_only_the_product_is_bf16(monkeypatch, features):
-    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: 1)    # two hundred chunks to sum
+    monkeypatch.setattr(flow, "chunk_rows", lambda K, device, cpu=0: 1)  # two hundred chunks to sum
     (h, W, b), target = head_inputs(200, groups=2, dtype=torch.float32)
     inputs = [h.detach().to(features).requires_grad_(), W, b]
     with torch.autocast("cpu", torch.bfloat16):

@@ -67,7 +67,7 @@ def test_images_of_other_settings_are_not_mixed(trained):
     for out, flags, reason in (
             ("a", ("--tau", 0.5), "tau is 0.9 there, 0.5 here"),
             ("a", ("--order", 2), r"interval is None there, \[0, 1\] here"),
-            ("runs", (), "holds other files")):
+            ("runs", (), "taken, give another")):
         with pytest.raises(InputError, match=f"--out {out}: .*{reason}"):
             make(out, *flags)
     with pytest.raises(SystemExit):
