@@ -14,7 +14,6 @@ network that has learnt to read cats takes Inception's place: reference.npz hold
 
 Shapes: B batch, N images, C channels, H W pixels, D features.
 """
-import argparse
 import functools
 import json
 import math
@@ -28,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from vq import (InputError, crop, find_images, read_ahead, read_image, setup_process,
-                write_whole)
+from vq import (InputError, crop, find_images, make_parser, read_ahead, read_image,
+                setup_process, write_whole)
 
 URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
@@ -318,15 +317,15 @@ def recorded(samples):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Fréchet distance between two sets of images.")
-    add = parser.add_argument
-    add("samples", type=Path, help="folder or .npz")
-    add("--ref", type=Path, help="reference; default: what sample.py recorded")
-    add("--weights", type=Path, help="of Inception; default: torch's hub cache, or a download")
-    add("--size", type=int, default=0, help="crop pictures of folders as vq.py does")
-    add("--save-stats", type=Path, metavar="FILE", help="write the statistics, for --ref")
+    parser = make_parser(
+        "Fréchet distance between two sets of images.",
+        ("--ref", Path, "reference; None: what sample.py recorded"),
+        ("--weights", Path, "of Inception; None: torch's hub cache, or a download"),
+        ("--size", 0, "crop pictures of folders as vq.py does; 0: no"),
+        ("--save-stats", Path, "file to write the statistics to, for --ref"))
+    parser.add_argument("samples", type=Path, help="folder or .npz")
     args = parser.parse_args(argv)
-    _, _, device = setup_process()
+    _, _, device = setup_process(args.device)
     reference, count = recorded(args.samples)
     reference = args.ref or reference
     if not (reference or args.save_stats):

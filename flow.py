@@ -49,7 +49,7 @@ class Purrception(nn.Module):
 
         The authors' release draws t > 0.001 and drops no labels: its "no class" stays untrained.
         """
-        device = self.codebook.device
+        device = (generator or self.codebook).device
         t, u = torch.rand(2, B, generator=generator, device=device)
         z0 = self.prior(B, generator)
         return t, z0, u < self.label_dropout

@@ -16,6 +16,7 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 WIDTHS = {
     "S": dict(depth=12, hidden_size=384, num_heads=6),
@@ -131,13 +132,24 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Map a noisy latent, a time and a class to logits. By default DiT-XL/2 on vq-f8's codes."""
 
-    def __init__(self, input_size=32, patch_size=2, in_channels=4, out_channels=16384,
-                 hidden_size=1152, depth=28, num_heads=16, mlp_ratio=4.0, num_classes=1000):
+    def __init__(
+        self,
+        input_size=32,
+        patch_size=2,
+        in_channels=4,
+        out_channels=16384,
+        hidden_size=1152,
+        depth=28,
+        num_heads=16,
+        mlp_ratio=4.0,
+        num_classes=1000
+    ):
         super().__init__()
         self.input_size = input_size
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
+        self.recompute = False  # for the backward pass, what a block computed: less memory
         patches = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = chain(proj=patches, flatten=nn.Flatten(2))  # [B,D,N]
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -175,7 +187,10 @@ class DiT(nn.Module):
         x = self.pos_embed + self.x_embedder(x).mT      # [B,N,D]
         cond = self.t_embedder(t) + self.y_embedder(y)  # [B,D]
         for block in self.blocks:
-            x = block(x, cond)
+            if self.recompute:
+                x = checkpoint(block, x, cond, use_reentrant=False)
+            else:
+                x = block(x, cond)
         return self.final_layer(x, cond)
 
     def forward(self, x, t, y):

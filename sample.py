@@ -7,7 +7,6 @@
 Image i depends on checkpoint, flags and (seed, i) alone, in bf16 or on a GPU up to rounding. So any
 number of processes makes the same images, and the same command resumes. OUT.json records the flags.
 """
-import argparse
 import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from flow import sample_beyond
 from train import bf16_is_fast, compile_blocks, load_run, seeded
-from vq import InputError, claim_folder, save_image, setup_process, wait_for
+from vq import InputError, claim_folder, make_parser, save_image, setup_process, wait_for
 
 TAU = {"purrception": 0.9, "dfm": 1.0}  # defaults; regressions have no temperature
 
@@ -79,26 +78,25 @@ def fill_folder(run, args, paths, rank, world, check):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        description="Sample images from a checkpoint. (*) goes beyond the paper.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = make_parser(
+        "Sample images from a checkpoint. (*) goes beyond the paper.",
+        ("--ckpt", Path, "checkpoint; None: the newest"),
+        ("--data", str, "data directory, if it has moved"),
+        ("--num-samples", 256, "images to make"),
+        ("--tau", float, "temperature; None: 0.9 (dfm: 1)"),
+        ("--cfg-scale", 1.0, "guidance scale; 1: off"),
+        ("--steps", 100, "steps, one network call each"),
+        ("--seed", 0, "seed of the noise"),
+        ("--out", Path, "folder for PNG files; None: samples/, made anew if need be"),
+        ("--per-proc-batch-size", 64, "images at a time"),
+        ("--compile", False, "torch.compile the blocks"),
+        ("--bf16", bool, "bf16 autocast; None: on GPUs"))
     add = parser.add_argument
-    add("--ckpt", type=Path, help="checkpoint; None: the newest")
-    add("--data", help="data directory, if it has moved")
-    add("--num-samples", type=int, default=256, help="images to make")
     add("--classes", nargs="+", metavar="CLASS",
         help="names or, if no name is a number, numbers; None: all")
-    add("--tau", type=float, help="temperature; None: 0.9 (dfm: 1)")
-    add("--cfg-scale", type=float, default=1.0, help="guidance scale; 1: off")
     add("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), default=[0, 1],
         help="times at which to guide (*)")
-    add("--steps", type=int, default=100, help="steps, one network call each")
     add("--order", type=int, choices=(1, 2), default=1, help="2: ten steps are enough (*)")
-    add("--seed", type=int, default=0, help="seed of the noise")
-    add("--out", type=Path, help="folder for PNG files; None: samples/, made anew if need be")
-    add("--per-proc-batch-size", type=int, default=64, help="images at a time")
-    add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bf16 autocast; None: on GPUs")
     args = parser.parse_args(argv)
     counts = args.steps, args.num_samples, args.per_proc_batch_size, args.seed + 1
     low, high = args.cfg_interval
@@ -136,7 +134,7 @@ def describe(run, args):
         ckpt=str(run.ckpt.resolve()),
         step=run.step,
         started=run.args.started,
-        weights=f"{run.flow.model.final_layer.linear.weight.double().norm():.8g}",
+        weights=f"{run.flow.model.final_layer.linear.weight.cpu().double().norm():.8g}",
         data=str(run.data.path),
         reference=str(reference) if reference.is_file() else None)
     names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
@@ -146,7 +144,7 @@ def describe(run, args):
 @torch.inference_mode()
 def main(argv=None):
     args = parse(argv)
-    rank, world, device = setup_process()
+    rank, world, device = setup_process(args.device)
     run = load_run(args.ckpt, args.data, device)
     if rank == 0:
         print(f"checkpoint: {run.ckpt}, step {run.step} of {run.args.steps}")

@@ -38,7 +38,8 @@ from tqdm import tqdm
 import flow as method
 from flow import CFM, OBJECTIVES, geometric_head, logit_normal
 from model import SIZES, DiT
-from vq import InputError, load_vq, read_checkpoint, save_image, setup_process, write_whole
+from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, setup_process,
+                write_json, write_whole)
 
 
 # ---------- data
@@ -56,9 +57,9 @@ def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
     path = Path(os.path.realpath(path))
     if not (path / "meta.json").exists():
-        raise InputError(f"--data {path}: not a data directory, or moved; to make one: "
+        raise InputError(f"{path}: not a data directory, or moved; to make one: "
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
-    with InputError.explain(f"--data {path}: unusable; mend it, or encode the images again"):
+    with InputError.explain(f"{path}: unusable; mend it, or encode the images again"):
         meta = {"reference": ""} | json.loads((path / "meta.json").read_text())
         for key, kind in ENTRIES.items():
             if not isinstance(meta.get(key), kind):
@@ -97,9 +98,13 @@ def load_batch(data, args, step, part, device):
     """Load part of a step's batch: codes [b,h,w], mirrored at random, and labels [b]."""
     B = args.global_batch_size
     rows = batch_rows(len(data.readable), B, args.seed, step)
-    rows = data.readable[rows[part]]
     coin = np.random.default_rng((args.seed, step, 1)).random(B)
-    mirror = coin[part, None, None] < 0.5
+    return load_rows(data, data.readable[rows[part]], coin[part] < 0.5, device)
+
+
+def load_rows(data, rows, mirror, device):
+    """Load codes [b,h,w], mirrored where asked, and labels [b] of data's rows."""
+    mirror = np.reshape(mirror, (-1, 1, 1))
     codes = np.where(mirror, data.flipped[rows], data.codes[rows])
     codes = torch.from_numpy(codes.astype(np.int64))
     y = torch.from_numpy(data.labels[rows].astype(np.int64))
@@ -107,7 +112,9 @@ def load_batch(data, args, step, part, device):
 
 
 def seeded(device, *key):
+    """Make a generator, on the CPU unless the device is a GPU with CUDA."""
     [state] = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    device = device if "cuda" in str(device) else "cpu"
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
@@ -127,15 +134,14 @@ def build(args, data, codebook):
         out_channels=d if regression else K,
         num_classes=len(data.meta["classes"]),
         **size)
-    if regression:
-        return objective(model, codebook, args.label_dropout)
-    return objective(model, codebook, args.z_loss, args.label_dropout)
+    settings = [args.label_dropout] if regression else [args.z_loss, args.label_dropout]
+    return objective(model, codebook, *settings)
 
 
 def bf16_is_fast(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
@@ -195,7 +201,7 @@ def bind(args, data, run):
     """Note the data's classes and tokenizer in args, or refuse others than noted."""
     ours = {name: data.meta[name] for name in ("classes", "tokenizer_sha256")}
     theirs = {name: vars(args).setdefault(name, x) for name, x in ours.items()}
-    InputError.compare(f"--data {data.path}: not that of {run}, give its own", theirs, ours)
+    InputError.compare(f"{data.path}: not the data of {run}, give its own", theirs, ours)
 
 
 def agree(read):
@@ -260,10 +266,31 @@ def save_samples(path, flow, vq, args):
     device = flow.codebook.device
     columns = min(10, flow.model.num_classes)
     y = torch.arange(columns, device=device).repeat(3)
-    noise = flow.prior(len(y), seeded(device, args.seed))
+    noise = flow.prior(len(y), seeded(device, args.seed)).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
         codes = flow.sample(y, steps=50, noise=noise)
     save_image(path, vq.decode_pixels(codes), columns)
+
+
+@torch.no_grad()
+def held_out(flow, val, args):
+    """Return the mean loss on 256 images of val, and the loss at t = 1/16, 3/16 ... 15/16.
+
+    It is a cross-entropy or, of a regression, an mse. The noise is always the same.
+    """
+    device = flow.codebook.device
+    rows = val.readable[np.linspace(0, len(val.readable) - 1, 256).astype(int)]
+    codes, y = load_rows(val, rows, False, device)
+    z0 = flow.prior(len(y), seeded(device, args.seed)).to(device)
+    by_t = []
+    for t in np.arange(1, 16, 2) / 16:
+        times = torch.full_like(y, t, dtype=torch.float)
+        z = flow.path(z0, codes, times)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+            _, parts = flow.loss(z, times, y, codes)
+        loss, *_ = parts.values()  # without the z-loss
+        by_t.append(loss.item())
+    return {"val": sum(by_t) / 8, "val_by_t": by_t}
 
 
 # ---------- the loop
@@ -309,7 +336,7 @@ def catch_signals():
         yield caught
 
 
-def train(args, data, vq, run, stop, rank, world, device):
+def train(args, data, val, vq, run, stop, rank, world, device):
     """Train from the run's newest checkpoint, if any, until the list `stop` is not empty.
 
     Return the steps done.
@@ -331,13 +358,14 @@ def train(args, data, vq, run, stop, rank, world, device):
     if rank == 0:
         print(f"checkpoint: {ckpt}, step {start} of {args.steps}, in {run}/")
         describe(args, data, flow, world)
-        with write_whole(run / "args.json") as file:
-            file.write(json.dumps(vars(args), indent=1).encode())
+        write_json(run / "args.json", vars(args))
+    flow.model.recompute = args.recompute
     if args.compile:
         compile_blocks(flow.model)
     ddp = flow
     if world > 1:
-        ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True, broadcast_buffers=False)
+        flow._ddp_params_and_buffers_to_ignore = ["codebook"]  # all have the same
+        ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True)
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps")
     B = args.global_batch_size
     part = slice(rank * B // world, (rank + 1) * B // world)  # this process's share of a batch
@@ -349,7 +377,7 @@ def train(args, data, vq, run, stop, rank, world, device):
         t, z0, drop = flow.noise(B, seeded(device, args.seed, step))
         if args.logit_normal:
             t = logit_normal(t)
-        noise = [x[part] for x in (t, z0, drop)]
+        noise = [x[part].to(device) for x in (t, z0, drop)]
         losses = backward(ddp, codes, y, noise, args)
 
         # One message tells all processes the mean losses, and whether any was asked to stop.
@@ -376,19 +404,24 @@ def train(args, data, vq, run, stop, rank, world, device):
         speed = B / (time.perf_counter() - began)
         bar.update()
 
-        if rank == 0 and (done == 1 or done % args.log_every == 0):
-            record = dict(zip(losses, means), grad_norm=grad_norm, lr=lr, images_per_second=speed)
+        measured = {}
+        if rank == 0 and due(args.sample_every, done, args):
+            save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
+            if val:
+                measured = held_out(ema, val, args)
+                bar.write(f"step {done}: held-out loss {measured['val']:.4f}")
+        if rank == 0 and (measured or done == 1 or done % args.log_every == 0):
+            record = dict(step=done, **dict(zip(losses, means)), **measured)
+            record |= dict(grad_norm=grad_norm, lr=lr, images_per_second=speed)
             log = run / "log.jsonl"
             with InputError.explain(f"{log}: cannot be written"), open(log, "a") as file:
-                file.write(json.dumps({"step": done, **record}) + "\n")
+                file.write(json.dumps(record) + "\n")
             bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s")
         # The numbered one comes first: a run killed between the two would never write it.
         if rank == 0 and due(args.keep_every, done, args):
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
         if rank == 0 and (stopping or done == args.steps or due(args.ckpt_every, done, args)):
             save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
-        if rank == 0 and due(args.sample_every, done, args):
-            save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
         if stopping:
             break
     bar.close()
@@ -402,46 +435,38 @@ def due(every, done, args):
 # ---------- command line
 
 def flags():
-    parser = argparse.ArgumentParser(
-        description="Train on codes. The defaults are the paper's; (*) goes beyond it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     cats = Path(__file__).with_name("demo") / "cats"
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument
-    add("--data", default=str(cats), help="data directory")
-    add("--name", help="folder in runs/; None: the first free number")
-    add("--resume", action="store_true", help="continue --name or the newest run")
-    add("--objective", default="purrception", choices=OBJECTIVES, help="the method or a baseline")
-    add("--model", default="DiT-XL/2", choices=SIZES, help="size of the network")
-    numbers = [
+    parser = make_parser(
+        "Train on codes. The defaults are the paper's; (*) goes beyond it.",
+        ("--data", str(cats), "data directory"),
+        ("--val", str, "another, on which to measure the loss when pictures are made"),
+        ("--name", str, "folder in runs/; None: the first free number"),
+        ("--resume", False, "continue --name or the newest run"),
         ("--steps", 3_500_000, "training steps"),
         ("--global-batch-size", 256, "images per step, in all"),
         ("--accumulate", 1, "micro-batches per process"),
+        ("--recompute", False, "compute each block twice, for less memory"),
         ("--lr", 1e-4, "learning rate"),
         ("--warmup", 0, "steps over which it rises"),
         ("--cooldown", 0.0, "share of steps over which it falls to 0 (*)"),
         ("--weight-decay", 0.01, "AdamW's"),
         ("--grad-clip", 1.0, "largest gradient norm"),
         ("--ema-decay", 0.9999, "decay of the averaged weights"),
+        ("--ema-ramp", False, "cap it at (1 + step) / (10 + step)"),
         ("--z-loss", 1e-5, "weight of the z-loss"),
+        ("--geometric-head", False, "start the head from the codebook (*)"),
+        ("--logit-normal", False, "draw logit(t) ~ N(0, 1) (*)"),
         ("--label-dropout", 0.1, "share of labels to drop"),
         ("--seed", 0, "random seed"),
+        ("--bf16", bool, "bf16 autocast; None: if the hardware has it"),
+        ("--compile", False, "torch.compile the blocks and the loss"),
         ("--log-every", 100, "steps between log lines"),
         ("--ckpt-every", 25_000, "steps between checkpoints"),
         ("--keep-every", 0, "steps between those kept; 0: none"),
-        ("--sample-every", 5000, "steps between pictures; 0: none")
-    ]
-    for name, default, text in numbers:
-        add(name, type=type(default), default=default, help=text)
-    switches = [
-        ("--ema-ramp", "cap the decay at (1 + step) / (10 + step)"),
-        ("--geometric-head", "start the head from the codebook (*)"),
-        ("--logit-normal", "draw logit(t) ~ N(0, 1) (*)"),
-        ("--compile", "torch.compile the blocks and the loss")
-    ]
-    for name, text in switches:
-        add(name, action=switch, default=False, help=text)
-    add("--bf16", action=switch, help="bf16 autocast; None: if the hardware has it")
+        ("--sample-every", 5000, "steps between pictures; 0: none"))
+    add = parser.add_argument
+    add("--objective", default="purrception", choices=OBJECTIVES, help="the method or a baseline")
+    add("--model", default="DiT-XL/2", choices=SIZES, help="size of the network")
     parser.set_defaults(started="", recipe="")
     return parser
 
@@ -473,12 +498,17 @@ def parse(argv=None):
 
 def main(argv=None):
     args, run = parse(argv)
-    rank, world, device = setup_process()
+    rank, world, device = setup_process(args.device)
     if args.global_batch_size % (world * args.accumulate):
         raise InputError(f"--global-batch-size: give a multiple of {world} * {args.accumulate}")
     data, vq = open_data(args.data, device)
     bind(args, data, run)
     args.data = str(data.path)
+    val = None
+    if args.val:
+        val, _ = open_data(args.val, device)
+        bind(args, val, args.data)
+        args.val = str(val.path)
     if args.bf16 is None:
         args.bf16 = bf16_is_fast(device)
     if world > 1:
@@ -486,11 +516,15 @@ def main(argv=None):
         pause = timedelta(minutes=15)  # process 0 may be saving or sampling
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=pause)
     name = args.name
-    del args.name, args.resume  # the others are the run's
+    del args.name, args.resume, args.device  # the others are the run's
     if rank == 0:
         run = run or new_run(name)
-    with catch_signals() as stop:
-        done = train(args, data, vq, run, stop, rank, world, device)
+    try:
+        with catch_signals() as stop:
+            done = train(args, data, val, vq, run, stop, rank, world, device)
+    except torch.OutOfMemoryError:
+        raise InputError(f"out of memory: give --accumulate {2 * args.accumulate}, --recompute, or "
+                         "a smaller --model")
     if rank == 0:
         advice = f"sample.py --ckpt {shlex.quote(f'{run}/ckpt.pt')}"
         if done < args.steps:

@@ -272,16 +272,15 @@ def load_vq(path, device="cpu"):
         state = {key: x.to(torch.float32, copy=True) for key, x in state.items()}
         vq.load_state_dict(state, assign=True)
         vq.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    vq = vq.eval().requires_grad_(False).to(device)
     if torch.device(device).type == "cpu":  # 1.6x faster; GroupNorm on a GPU would copy
         vq = vq.to(memory_format=torch.channels_last)
-    return vq
+    return vq.eval().requires_grad_(False).to(device)
 
 
 # ---------- encoding a data set
 
-# A row of codes.npy is EMPTY until it is encoded. Process 0 makes the arrays, labels.npy last. Each
-# process fills its own rows, and the same command resumes.
+# A row of codes.npy is EMPTY until it is encoded. Each process fills its own block of rows, so that
+# machines share no page of a file. The same command resumes.
 EMPTY = 2 ** 16 - 1
 
 
@@ -355,12 +354,13 @@ def encode_folder(args, vq, rank, world, device):
     def missing(i):
         return any((codes[i] == EMPTY).any() for codes in maps)
 
-    todo = [i for i in range(rank, len(paths), world) if missing(i)]
+    N = len(paths)
+    todo = [i for i in range(rank * N // world, (rank + 1) * N // world) if missing(i)]
     n = args.batch_size
     total = math.ceil(len(todo) / n)
     for rows, pixels in tqdm(read_ahead(read, todo, n), "encode", total, disable=rank > 0):
-        pixels = torch.from_numpy(np.stack(pixels))
-        x = from_pixels(pixels.to(device))  # [B,3,H,W]
+        pixels = np.stack(pixels)
+        x = from_pixels(pixels).to(device)  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
             codes[rows] = vq.encode(images).cpu().numpy()
         if rank == 0 and rows[0] == todo[0]:
@@ -389,7 +389,7 @@ def reconstruct(args, vq, device):
     for path in args.reconstruct:
         original = crop(read_image(path), args.size)
         codes = vq.encode(from_pixels(original[None]).to(device))
-        again = vq.decode_pixels(codes)[0].numpy()
+        again, = vq.decode_pixels(codes).numpy()
         print(f"{path}: PSNR {psnr(original, again):.2f} dB")
         pairs += [original, again]
     save_image(args.out or "reconstructions.png", pairs, columns=2)
@@ -397,19 +397,20 @@ def reconstruct(args, vq, device):
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description="Encode images into codes, or reconstruct some.")
+    parser = make_parser(
+        "Encode images into codes, or reconstruct some.",
+        ("--out", Path, "folder to write; with --reconstruct, a picture"),
+        ("--size", 256, "side of the centre crop in pixels"),
+        ("--flip", False, "also encode the mirrored images"),
+        ("--batch-size", 32, "images at a time"))
     add = parser.add_argument
     add("images", nargs="?", type=Path, help="folder to encode, one sub-folder per class")
     add("--vq", type=Path, required=True, help="weights of the tokenizer")
-    add("--out", type=Path, help="folder to write; with --reconstruct, a picture")
-    add("--size", type=int, default=256, help="side of the centre crop; default: 256")
-    add("--flip", action="store_true", help="also encode the mirrored images")
     add("--reconstruct", nargs="+", type=Path, metavar="IMAGE", help="only compare these")
-    add("--batch-size", type=int, default=32, help="images at a time")
     args = parser.parse_args()
     if bool(args.images) == bool(args.reconstruct) or args.images and not args.out:
         parser.error("give IMAGES and --out, or --reconstruct IMAGE...")
-    rank, world, device = setup_process()
+    rank, world, device = setup_process(args.device)
     vq = load_vq(args.vq, device)
     if len(vq.codebook) > EMPTY:
         raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
@@ -557,16 +558,20 @@ def write_whole(path):
             partial.unlink()
 
 
+def write_json(path, record):
+    with write_whole(path) as file:
+        file.write(json.dumps(record, indent=1).encode())
+
+
 def read_ahead(read, items, n):
     """Yield n items at a time, with read() of each; threads read a batch ahead."""
-    last = None
+    batches = [items[i:i + n] for i in range(0, len(items), n)]
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        for i in range(0, len(items) + n, n):  # the final batch is empty
-            batch = items[i:i + n]
-            found = pool.map(read, batch)
-            if last:
-                yield last[0], list(last[1])
-            last = batch, found
+        ahead = pool.map(read, batches[0] if batches else [])
+        for batch, after in zip(batches, [*batches[1:], []]):
+            found = ahead
+            ahead = pool.map(read, after)
+            yield batch, list(found)
 
 
 def wait_for(ready, limit=math.inf):
@@ -586,16 +591,14 @@ def claim_folder(folder, note, record, rank, remake=False):
 
     def theirs():
         with InputError.explain(f"{note}: unreadable; give another --out"):
-            noted = json.loads(note.read_text()) if note.exists() else {}
-            return noted | ignored
+            return (json.loads(note.read_text()) if note.exists() else {}) | ignored
 
     if rank == 0 and remake and "ckpt" in theirs() and theirs() != ours:
         print(f"{folder}/ held samples of {theirs()['ckpt']}, and is made anew")
         for path in folder.glob("[0-9]*.png"):
             path.unlink()
     if rank == 0 and (theirs() == ours or not any(folder.glob("[!.]*"))):
-        with write_whole(note) as file:
-            file.write(json.dumps(record, indent=1).encode())
+        write_json(note, record)
     wait_for(lambda: theirs() == ours, 300 if rank else 0)
 
     def check():
@@ -605,22 +608,40 @@ def claim_folder(folder, note, record, rank, remake=False):
     return check
 
 
-def setup_process():
-    """Return rank, world size and device, as torchrun sets them. Make any text printable."""
+def make_parser(text, *flags):
+    """Make a parser of --device and flags (name, default or its type, help)."""
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=text, formatter_class=formatter)
+    device = "--device", str, "cuda, cpu or mps; None: cuda if there is one"
+    for name, default, text in (*flags, device):
+        kind = type(default)
+        if kind is type:
+            kind, default = default, None
+        how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
+        parser.add_argument(name, default=default, help=text, **how)
+    return parser
+
+
+def setup_process(name=None):
+    """Return rank, world size, as torchrun sets them, and a device. Make any text printable."""
     with contextlib.suppress(AttributeError):  # a notebook prints all
         sys.stdout.reconfigure(errors="backslashreplace")
     rank, local, world = 0, 0, 1
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"
-    if any(os.environ.get(name) for name in names[:3]):
-        with InputError.explain(f"{' '.join(names)} MASTER_ADDR: set all or none; use torchrun"):
+    if any(map(os.environ.get, names[:3])):
+        with InputError.explain(f"{' '.join(names)} MASTER_ADDR: set all, as torchrun, or none"):
             rank, local, world, _ = (int(os.environ[name]) for name in names)
             if not 0 <= local <= rank < world or not os.environ["MASTER_ADDR"]:
                 raise ValueError("they do not fit together")
     torch.set_float32_matmul_precision("highest")  # NVIDIA's containers allow TF32
-    if torch.cuda.device_count() == 0:
-        return rank, world, torch.device("cpu")
-    torch.cuda.set_device(local)
-    return rank, world, torch.device("cuda", local)
+    name = name or ("cuda" if torch.cuda.device_count() else "cpu")
+    with InputError.explain(f"--device {name}: not here; give another"):
+        device = torch.device("cuda", local) if name == "cuda" else torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.empty(0, device=device)
+    return rank, world, device
 
 
 if __name__ == "__main__":

@@ -44,6 +44,9 @@ def test_a_data_directory_is_made_of_any_folder_of_pictures(tmp_path, monkeypatc
     reference = np.load(tmp_path / "out/reference.npz")["arr_0"]
     held = [crop(read_image(tmp_path / "photos" / path), 32) for path in paths[9::10]]
     assert (reference == held).all()
+    val, _ = open_data(tmp_path / "out/val", CPU)
+    assert (val.codes == vq.encode(from_pixels(np.stack(held))).numpy()).all()
+    assert val.labels.tolist() == [0 if "a/" in path else 1 for path in paths[9::10]]
 
 
 def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
@@ -56,7 +59,11 @@ def test_a_small_demo_is_made_whole(tmp_path, monkeypatch):
     assert (data.codes == codes.numpy()).all() and (data.labels == labels).all()
     assert vq.decode(vq.encode(from_pixels(images))).isfinite().all()
     reference = np.load(tmp_path / "reference.npz")["arr_0"]
-    assert (reference == make.cats(5, make.HELD_OUT_SEED)[0]).all()
+    held_out, labels, _ = make.cats(5, make.HELD_OUT_SEED)
+    assert (reference == held_out).all()
+    val, _ = open_data(tmp_path / "val", CPU)
+    assert (val.labels == labels).all() and val.meta["classes"] == data.meta["classes"]
+    assert (val.codes == make.encode(vq, torch.from_numpy(held_out), CPU).numpy()).all()
     ours, committed = (json.loads((folder / "meta.json").read_text())
                        for folder in (tmp_path, make.HERE))
     for meta, folder in ((ours, tmp_path), (committed, make.HERE)):

@@ -18,7 +18,6 @@ Shapes: B batch, N vectors or images, H W pixels, h w grid of codes, K codes, d 
 """
 import argparse
 import contextlib
-import json
 import math
 import time
 import zipfile
@@ -32,7 +31,7 @@ from tqdm import tqdm, trange
 
 from demo.cats.cats import COATS, HERE, cats
 from flow import nearest_code
-from vq import (VQ, InputError, crop, from_pixels, list_images, load_vq, read_image,
+from vq import (VQ, InputError, crop, from_pixels, list_images, load_vq, read_image, write_json,
                 write_whole)
 
 CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_embed=1024,
@@ -233,24 +232,30 @@ def read_pictures(root, size):
     return np.stack(pictures), np.array(known), classes
 
 
-def save(folder, vq, codes, labels, classes, reference):
-    """Write the data directory."""
-    state = {name: tensor.half().cpu() for name, tensor in vq.state_dict().items()}
-    with write_whole(folder / "tokenizer.pt") as file:
-        torch.save({"config": CONFIG, "state_dict": state}, file)
-    sha256 = load_vq(folder / "tokenizer.pt").sha256
-    meta = dict(tokenizer="tokenizer.pt", tokenizer_sha256=sha256, image_size=reference.shape[1],
-                classes=list(classes), reference="reference.npz")
+def save_codes(folder, codes, labels, meta):
+    """Write what train.py needs of a data directory."""
     with write_whole(folder / "codes.npy") as file:
         np.save(file, codes.numpy().astype(np.uint16))
     with write_whole(folder / "labels.npy") as file:
         np.save(file, labels)
+    write_json(folder / "meta.json", meta)
+
+
+def save(folder, vq, codes, labels, classes, held_out, held_codes, held_labels):
+    """Write the data directory, and another of held-out codes, val/, in it."""
+    state = {name: tensor.half().cpu() for name, tensor in vq.state_dict().items()}
+    with write_whole(folder / "tokenizer.pt") as file:
+        torch.save({"config": CONFIG, "state_dict": state}, file)
+    sha256 = load_vq(folder / "tokenizer.pt").sha256
+    meta = dict(tokenizer_sha256=sha256, image_size=held_out.shape[1], classes=list(classes))
+    val = folder / "val"
+    save_codes(val, held_codes, held_labels, dict(tokenizer="../tokenizer.pt", **meta))
     with write_whole(folder / "reference.npz") as file:
-        save_images(file, reference)
+        save_images(file, held_out)
     with write_whole(folder / "recipe.txt") as file:
         file.write(RECIPE.encode())
-    with write_whole(folder / "meta.json") as file:
-        file.write(json.dumps(meta, indent=1).encode())
+    meta = dict(tokenizer="tokenizer.pt", **meta, reference="reference.npz")
+    save_codes(folder, codes, labels, meta)
 
 
 def main(argv=None):
@@ -275,14 +280,15 @@ def main(argv=None):
     if args.images:
         pictures, labels, classes = read_pictures(args.images, args.size)
         held = np.arange(len(pictures)) % 10 == 9
-        drawn, labels, held_out = pictures[~held], labels[~held], pictures[held]
+        drawn, held_out = pictures[~held], pictures[held]
+        labels, held_labels = labels[~held], labels[held]
         if len(held_out) < 2:
             raise InputError(f"{args.images}: holds {len(pictures)} pictures; twenty are the least")
         args.num_images = len(drawn)
     else:
         # The tokenizer sees four times the cats of the data set, or it would learn them by heart.
         drawn, labels, _ = cats(4 * args.num_images, TRAIN_SEED)
-        held_out, _, _ = cats(args.num_reference, HELD_OUT_SEED)
+        held_out, held_labels, _ = cats(args.num_reference, HELD_OUT_SEED)
         classes = COATS
     drawn = torch.from_numpy(drawn)
     held_out = torch.from_numpy(held_out)
@@ -290,11 +296,13 @@ def main(argv=None):
     vq = train_tokenizer(drawn, args.steps, args.batch_size, args.lr, args.seed, device)
     vq = vq.half().float()  # as it is stored
     codes = encode(vq, drawn[:args.num_images], device)
-    again = decode(vq, encode(vq, held_out, device), device)
+    held_codes = encode(vq, held_out, device)
+    again = decode(vq, held_codes, device)
     quality = psnr(again, from_pixels(held_out))
     print(f"{time.time() - start:.0f} s; held-out PSNR {quality:.2f} dB; "
           f"{len(codes.unique())} of {CONFIG['n_embed']} codes in use")
-    save(args.out, vq, codes, labels[:args.num_images], classes, held_out[:500].numpy())
+    save(args.out, vq, codes, labels[:args.num_images], classes,
+         held_out[:500].numpy(), held_codes[:500], held_labels[:500])
 
 
 if __name__ == "__main__":
