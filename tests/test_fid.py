@@ -85,8 +85,7 @@ def as_published(net):
     return dict(zip(PUBLISHED, net.state_dict().values(), strict=True))
 
 
-@pytest.fixture(scope="module")
-def network():
+def random_inception():
     """Make a network of random weights, with batch norms that matter."""
     torch.manual_seed(0)
     net = fid.InceptionV3().eval().requires_grad_(False)
@@ -100,6 +99,11 @@ def network():
                 tensor.normal_(0, 0.1)
             module.num_batches_tracked = None  # the published file may lack it
     return net
+
+
+@pytest.fixture(scope="module")
+def network():
+    return random_inception()
 
 
 def images(n, height=10, width=12, seed=0):
