@@ -340,6 +340,9 @@ def encode_folder(args, vq, rank, world, device):
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
+        others = [path for path in args.images.rglob("*") if path.suffix.lower() in UNREAD]
+        if others:
+            print(f"{len(others)} HEIC, TIFF, AVIF or GIF files left out; convert them to PNG")
     claim_folder(args.out, args.out / "meta.json", meta, rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
@@ -427,6 +430,7 @@ def main():
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
 FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # for some others, Pillow runs programs
+UNREAD = ".heic", ".heif", ".tif", ".tiff", ".avif", ".gif"
 
 
 def from_pixels(pixels):

@@ -432,10 +432,13 @@ def test_a_class_has_a_readable_picture_and_is_counted_before_encoding(
         run, images, tmp_path, capsys, monkeypatch):
     for name in FILES[3:6]:
         (images / name).write_bytes(b"")
+    for name in ("ant/phone.HEIC", "scan.tiff", "notes.txt"):
+        (images / name).write_bytes(b"")
     monkeypatch.setattr(vq.VQ, "encode", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(images)
-    assert capsys.readouterr().out.startswith("5 images: {'ant': 3, 'cat': 2}")
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == "5 images: {'ant': 3, 'cat': 2}" and second.startswith("2 HEIC, TIFF")
     assert json.loads((tmp_path / "out/meta.json").read_text())["classes"] == ["ant", "cat"]
     assert np.load(tmp_path / "out/labels.npy").tolist() == [0, 0, 0, 1, 1]
 
