@@ -1,0 +1,130 @@
+"""Does a temperature that falls with t pay, and does calibration tell how it should fall?
+
+    for seed in 0 1 2; do python train.py --name falling-$seed --seed $seed; done
+    pip install -r study/requirements.txt      matplotlib, for the figure
+    python -m study.falling runs/falling-*/ckpt.pt     an hour and a half on 2 CPU cores
+
+tau(t) = start + (end - start) t. Each schedule samples 256 cats from each training and each of
+three seeds of the noise. A figure is their mean, and a bracket the difference to the best constant
+tau on the same trainings and noise, with the standard error of its mean.
+
+The calibrated tau(t) has the lowest cross-entropy on held-out codes at each t.
+
+The tables are printed. The folder OUT receives falling.png and results.jsonl, a line for each set;
+what is in it is not measured again.
+"""
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from study import judge
+from study.measure import references
+from study.samplers import Results, draw_codes, load_pyplot
+from train import load_run, seeded
+from vq import setup_process
+
+STARTS = 0.5, 0.7, 0.9, 1.1
+ENDS = 0.3, 0.5, 0.7, 0.9
+CONSTANT = [(tau, tau) for tau in (0.5, 0.7, 0.9, 1.1)]
+GRID = [(a, b) for a in STARTS for b in ENDS]
+SETUPS = {  # calls, order, guidance
+    "ten calls of order 2": (10, 2, 1.0),
+    "the same, guidance 1.5": (10, 2, 1.5),
+    "50 Euler steps": (50, 1, 1.0),
+    "the same, guidance 1.5 ": (50, 1, 1.5)
+}
+FIGURES = "distance", "precision", "recall"
+SEEDS = 0, 1, 2
+TAUS = np.arange(0.3, 1.61, 0.05)
+TIMES = np.linspace(0, 0.95, 20)
+
+
+def calibrated(flow, codes):
+    """Return the tau of lowest cross-entropy on codes [n,h,w] at each of TIMES."""
+    found = []
+    for t in TIMES:
+        generator = seeded("cpu", 7, round(1000 * t))
+        nats = np.zeros(len(TAUS))
+        for c in codes.split(50):
+            y = torch.arange(len(c), device=c.device) % flow.model.num_classes
+            time = torch.full_like(y, t, dtype=torch.float)
+            z = flow.path(flow.prior(len(c), generator).to(c.device), c, time)
+            logits = flow.posterior(z, time, y).clamp(min=1e-30).log().flatten(0, 2)
+            nats += [F.cross_entropy(logits / tau, c.flatten()).item() for tau in TAUS]
+        found.append(TAUS[nats.argmin()])
+    return np.array(found)
+
+
+def measured(runs, results, device, start, end, calls, order, cfg):
+    """Return the FIGURES of a schedule, [runs * seeds, 3], from the table or anew."""
+    eye, real, vq, _ = references(device)
+    found = []
+    for path, run in runs.items():
+        for seed in SEEDS:
+            task = [path, run.args.started, seed, start, end, calls, order, cfg]
+            if task not in results:
+                codes, coats = draw_codes(run.flow, 256, seed, steps=calls, order=order, cfg=cfg,
+                                          tau=start, tau_end=end)
+                figures = judge.figures(judge.look(eye, vq.decode_pixels(codes)), coats, real)
+                results[task] = [figures[name] for name in FIGURES]
+            found.append(results[task])
+    return np.array(found)
+
+
+def compare(runs, results, device, schedules, setup):
+    """Print a table of schedules, the best first; return the figures by schedule."""
+    found = {s: measured(runs, results, device, *s, *setup) for s in schedules}
+    constant = min(CONSTANT, key=lambda s: found[s][:, 0].mean())
+    print("| tau at t = 0, 1 | " + " | ".join(FIGURES) + " |\n" + "|---" * 4 + "|")
+    for schedule in sorted(found, key=lambda s: found[s][:, 0].mean()):
+        cells = []
+        for values, others in zip(found[schedule].T, found[constant].T):
+            gain = values - others
+            error = gain.std(ddof=1) / len(gain) ** 0.5
+            cells.append(f"{values.mean():.3f} ({gain.mean():+.3f} +- {error:.3f})")
+        print("|", *schedule, "|", " | ".join(cells), "|", flush=True)
+    return found
+
+
+def draw(found, tau, path, pyplot):
+    """Draw distance and recall against the end, a line for each start, and tau by t [runs,20]."""
+    figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    for i, name in ((0, "distance"), (2, "recall")):
+        axes = panels[min(i, 1)]
+        for start in STARTS:
+            axes.plot(ENDS, [found[start, end][:, i].mean() for end in ENDS], ".-",
+                      label=f"tau {start} at t = 0")
+        axes.set(xlabel="tau at t = 1", ylabel=f"{name}, ten calls of order 2")
+    panels[0].legend(fontsize="small")
+    panels[2].plot(TIMES, tau.T, ".-", color="C0")
+    panels[2].set(xlabel="t", ylabel="tau of the lowest held-out cross-entropy", ylim=(0, None))
+    figure.savefig(path, dpi=100)
+
+
+@torch.inference_mode()
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Measure temperatures that fall with t.")
+    add = parser.add_argument
+    add("ckpts", nargs="+", help="checkpoints of the demo")
+    add("--out", type=Path, default="runs/falling", help="folder to write")
+    args = parser.parse_args(argv)
+    pyplot = load_pyplot()
+    _, _, device = setup_process()
+    runs = {path: load_run(path, device=device) for path in args.ckpts}
+    results = Results(args.out / "results.jsonl")
+    _, _, _, codes = references(device)
+    tau = np.array([calibrated(run.flow, codes[:200]) for run in runs.values()])
+    print("calibrated tau at t =", *TIMES.round(2), "\n", tau.round(2).tolist())
+    for name, setup in SETUPS.items():
+        print(f"\n{name}\n")
+        schedules = dict.fromkeys(GRID + CONSTANT)
+        found = compare(runs, results, device, schedules, setup)
+        if setup == (10, 2, 1.0):
+            draw(found, tau, args.out / "falling.png", pyplot)
+
+
+if __name__ == "__main__":
+    main()
