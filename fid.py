@@ -16,7 +16,6 @@ Shapes: B batch, N images, C channels, H W pixels, D features.
 """
 import functools
 import json
-import math
 import re
 from collections import OrderedDict, namedtuple
 from pathlib import Path
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from vq import (InputError, crop, find_images, make_parser, read_ahead, read_image,
                 setup_process, write_whole)
@@ -136,15 +134,15 @@ class InceptionV3(nn.Sequential):
             fc=nn.Linear(2048, 1008)))  # in the published file, but not used
 
     @torch.inference_mode()
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is too coarse
     def forward(self, x):
         if x.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, not {x.dtype}")
         x = resize(x.float())  # [B,3,299,299]
         x = (x - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 is too coarse
-            for layer in list(self)[:-1]:
-                x = layer(x)
+        for layer in list(self)[:-1]:
+            x = layer(x)
         return x.mean((2, 3))  # [B,2048,8,8] to [B,2048]
 
     def freeze(self):
@@ -200,12 +198,8 @@ class CatFeatures(nn.Sequential):
 def our_name(key):
     """Rename a published key: there, steps of a branch count from 1, and pools do not count."""
     key = key.replace(".branch_pool.", ".branch_pool.1.")
-    step = re.search(r"(\.branch\w+)_(\d)([ab]?)\.", key)
-    if not step:
-        return key
-    branch, number, fork = step.groups()
-    fork = f"{fork}." if fork else ""
-    return key.replace(step[0], f"{branch}.{int(number) - 1}.{fork}")
+    key = re.sub(r"(branch\w+_\d)([ab])", r"\1.\2", key)
+    return re.sub(r"_(\d)\.", lambda step: f".{int(step[1]) - 1}.", key)
 
 
 def load_inception(path=None):
@@ -267,7 +261,7 @@ def read_npz(path):
             count = int(file.get("count", 0))
             return Statistics(file["mu"], file["sigma"], count, file.get("others"), weights)
         images = file["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        if images.dtype != np.uint8 or images.shape[3:] != (3,) or not images.size:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
         return images
 
@@ -294,9 +288,7 @@ def measure(path, weights, args, device):
         net = inception(args.weights, device)
     rows = []
     shape = read(images[0]).shape
-    batches = read_ahead(read, images, BATCH)
-    total = math.ceil(len(images) / BATCH)
-    for names, pixels in tqdm(batches, str(path), total, unit=" batches", disable=None):
+    for names, pixels in read_ahead(read, images, BATCH, desc=str(path), disable=None):
         for name, image in zip(names, pixels):
             if image.shape != shape:
                 raise InputError(f"{name}: is {image.shape}, {images[0]} is {shape}; use --size")
@@ -333,7 +325,7 @@ def main(argv=None):
     if count and len(find_images(args.samples)) < count:
         raise InputError(f"{args.samples}: images are missing; repeat sample.py")
 
-    theirs = measure(reference, {}, args, device) if reference else None
+    theirs = reference and measure(reference, {}, args, device)
     weights = (theirs and theirs.weights) or {}
     mu, sigma, n, *_ = measure(args.samples, weights, args, device)
     if args.save_stats:

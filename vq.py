@@ -155,11 +155,11 @@ class VQ(nn.Module):
         E = self.quantize.embedding.weight
         return F.normalize(E, dim=1) if self.l2_norm else E
 
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 changes codes
     def encode(self, x):
         """Map images [B,3,H,W] in [-1,1] to codes (Eq. 8, 9). self.factor must divide H and W."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
-            h = self.quant_conv(self.encoder(x))
-            return self.nearest(h)
+        h = self.quant_conv(self.encoder(x))
+        return self.nearest(h)
 
     def embed(self, codes):
         """Look up the latents z [B,d,h,w] of codes [B,h,w]."""
@@ -340,9 +340,9 @@ def encode_folder(args, vq, rank, world, device):
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
-        others = [path for path in args.images.rglob("*") if path.suffix.lower() in UNREAD]
+        others = sum(path.suffix.lower() in UNREAD for path in args.images.rglob("*"))
         if others:
-            print(f"{len(others)} HEIC, TIFF, AVIF or GIF files left out; convert them to PNG")
+            print(f"{others} HEIC, TIFF, AVIF or GIF files left out; convert them to PNG")
     claim_folder(args.out, args.out / "meta.json", meta, rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
@@ -357,11 +357,8 @@ def encode_folder(args, vq, rank, world, device):
     def missing(i):
         return any((codes[i] == EMPTY).any() for codes in maps)
 
-    N = len(paths)
-    todo = [i for i in range(rank * N // world, (rank + 1) * N // world) if missing(i)]
-    n = args.batch_size
-    total = math.ceil(len(todo) / n)
-    for rows, pixels in tqdm(read_ahead(read, todo, n), "encode", total, disable=rank > 0):
+    todo = [i for i in np.array_split(range(len(paths)), world)[rank] if missing(i)]
+    for rows, pixels in read_ahead(read, todo, args.batch_size, desc="encode", disable=rank > 0):
         pixels = np.stack(pixels)
         x = from_pixels(pixels).to(device)  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
@@ -448,13 +445,13 @@ def to_pixels(x):
 
 def find_images(folder, seen=None):
     """List the pictures in a folder and those below, which are entered once."""
-    seen = set() if seen is None else seen
+    seen = seen or set()
     found = []
     with InputError.explain(f"{folder}: unreadable folder"):
-        real = folder.resolve()
-        paths = sorted(folder.iterdir()) if real not in seen else []
-        seen.add(real)
-        for path in paths:
+        if folder.resolve() in seen:
+            return []
+        seen.add(folder.resolve())
+        for path in sorted(folder.iterdir()):
             if path.name.startswith((".", "__MACOSX")):  # hidden
                 continue
             if path.is_dir():
@@ -567,15 +564,14 @@ def write_json(path, record):
         file.write(json.dumps(record, indent=1).encode())
 
 
-def read_ahead(read, items, n):
-    """Yield n items at a time, with read() of each; threads read a batch ahead."""
-    batches = [items[i:i + n] for i in range(0, len(items), n)]
+def read_ahead(read, items, n, **bar):
+    """Yield n items at a time, with read() of each; threads read a batch ahead. bar: tqdm's."""
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        ahead = pool.map(read, batches[0] if batches else [])
-        for batch, after in zip(batches, [*batches[1:], []]):
+        ahead = pool.map(read, items[:n])
+        for i in tqdm(range(0, len(items), n), unit=" batches", **bar):
             found = ahead
-            ahead = pool.map(read, after)
-            yield batch, list(found)
+            ahead = pool.map(read, items[i + n:i + 2 * n])
+            yield items[i:i + n], list(found)
 
 
 def wait_for(ready, limit=math.inf):
