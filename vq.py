@@ -4,8 +4,8 @@
     embed     z = e_c
     decode    x = decoder(z)
 
-The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), of vq_ds8_c2i
-(FoundationVision/LlamaGen), and of this project's tokenizers.
+The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), vq_ds8_c2i
+(FoundationVision/LlamaGen) and this project's tokenizers.
 
     python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip    also with torchrun
     python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt        original | reconstruction
@@ -13,7 +13,6 @@ The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion
 Shapes: B batch, H W pixels, h w grid of codes, K codes, d code dimension, C channels.
 """
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
@@ -26,6 +25,7 @@ import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +114,9 @@ def encoder(ch, ch_mult, num_blocks, z_channels, norm):
     for i, m in enumerate(ch_mult):
         down.append(Level(c, ch * m, num_blocks, i == last, norm, down=i < last))
         c = ch * m
-    return chain(conv_in=conv3(3, ch), down=down, mid=middle(c, norm), norm_out=norm(c),
-                 act=nn.SiLU(), conv_out=conv3(c, z_channels))
+    return chain(
+        conv_in=conv3(3, ch), down=down, mid=middle(c, norm),
+        norm_out=norm(c), act=nn.SiLU(), conv_out=conv3(c, z_channels))
 
 
 def decoder(ch, ch_mult, num_blocks, z_channels, norm):
@@ -126,8 +127,9 @@ def decoder(ch, ch_mult, num_blocks, z_channels, norm):
     for i, m in reversed(list(enumerate(ch_mult))):  # up.0, the finest level, is the last
         levels[str(i)] = Level(c, ch * m, num_blocks + 1, i == last, norm, up=i > 0)
         c = ch * m
-    return chain(conv_in=conv3(z_channels, top), mid=middle(top, norm), up=chain(**levels),
-                 norm_out=norm(c), act=nn.SiLU(), conv_out=conv3(c, 3))
+    return chain(
+        conv_in=conv3(z_channels, top), mid=middle(top, norm), up=chain(**levels),
+        norm_out=norm(c), act=nn.SiLU(), conv_out=conv3(c, 3))
 
 
 class VQ(nn.Module):
@@ -151,15 +153,14 @@ class VQ(nn.Module):
 
     @property
     def codebook(self):
-        """The code vectors e_k, [K,d]; unit vectors with l2_norm."""
+        """The vectors e_k, [K,d]; unit vectors with l2_norm."""
         E = self.quantize.embedding.weight
         return F.normalize(E, dim=1) if self.l2_norm else E
 
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 changes codes
     def encode(self, x):
         """Map images [B,3,H,W] in [-1,1] to codes (Eq. 8, 9). self.factor must divide H and W."""
-        h = self.quant_conv(self.encoder(x))
-        return self.nearest(h)
+        return self.nearest(self.quant_conv(self.encoder(x)))
 
     def embed(self, codes):
         """Look up the latents z [B,d,h,w] of codes [B,h,w]."""
@@ -200,7 +201,7 @@ class Stub:
 
 
 def read_checkpoint(path):
-    """Read a torch.save file onto the CPU. Its tensors are read when they are used.
+    """Read a torch.save file onto the CPU, its tensors when they are used.
 
     Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
@@ -231,7 +232,7 @@ def from_llamagen(state):
 
 
 def count(state, prefix):
-    """Count the modules of a state dict whose keys are a prefix, a number, and more."""
+    """Count the modules whose keys are a prefix, a number, and more."""
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
@@ -342,7 +343,7 @@ def encode_folder(args, vq, rank, world, device):
         print(f"{len(paths)} images:", str(counts)[:500])
         others = sum(path.suffix.lower() in UNREAD for path in args.images.rglob("*"))
         if others:
-            print(f"{others} HEIC, TIFF, AVIF or GIF files left out; convert them to PNG")
+            print(f"{others} HEIC, TIFF, AVIF or GIF files left out; convert to PNG")
     claim_folder(args.out, args.out / "meta.json", meta, rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
@@ -354,8 +355,8 @@ def encode_folder(args, vq, rank, world, device):
             labels[i] = -1  # before its codes replace EMPTY
             return np.zeros((args.size, args.size, 3), np.uint8)
 
-    def missing(i):
-        return any((codes[i] == EMPTY).any() for codes in maps)
+    def missing(rows):
+        return any((codes[rows] == EMPTY).any() for codes in maps)
 
     todo = [i for i in np.array_split(range(len(paths)), world)[rank] if missing(i)]
     for rows, pixels in read_ahead(read, todo, args.batch_size, desc="encode", disable=rank > 0):
@@ -368,13 +369,13 @@ def encode_folder(args, vq, rank, world, device):
             db = psnr(pixels[:4], vq.decode_pixels(few))
             tqdm.write(f"PSNR of a few: {db:.1f} dB; below 20, try another tokenizer")
     if rank == 0:
-        wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
+        wait_for(lambda: not missing(np.s_[:, 0, 0]))
         bad = (labels < 0).sum()
         print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} left out")
         model = "demo" if device.type == "cpu" else "S"
         flags = f"--model DiT-{model}/2 --global-batch-size 64 --steps 20000 --ema-ramp"
-        print(f"next: python train.py --data {shlex.quote(str(args.out))}",
-              flags if len(labels) < 200_000 else "")
+        data = shlex.quote(str(args.out))
+        print(f"next: python train.py --data {data}", flags if len(labels) < 200_000 else "")
 
 
 def psnr(a, b):
@@ -415,8 +416,9 @@ def main():
     if len(vq.codebook) > EMPTY:
         raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
     if min(args.size, args.batch_size) < 1 or args.size % vq.factor:
-        raise InputError(f"--size {args.size}: give a multiple of {vq.factor}; "
-                         f"--batch-size {args.batch_size}: one or more")
+        raise InputError(
+            f"--size {args.size}: give a multiple of {vq.factor}; "
+            f"--batch-size {args.batch_size}: one or more")
     if args.images:
         encode_folder(args, vq, rank, world, device)
     elif rank == 0:
@@ -466,7 +468,7 @@ def read_image(path):
     unreadable = InputError.explain(f"{path}: not a readable picture")
     with unreadable, Image.open(path, formats=FORMATS) as image:
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF data: do not rotate
+        with suppress(Exception):  # damaged EXIF data: do not rotate
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip
             grey = np.asarray(image)
@@ -480,7 +482,7 @@ def read_image(path):
 
 
 def is_readable(path):
-    with contextlib.suppress(InputError):
+    with suppress(InputError):
         return read_image(path)
 
 
@@ -501,8 +503,7 @@ def crop(image, size):
 def sheet(pixels, columns):
     """Arrange uint8 [B,H,W,3] on a white picture, two pixels apart."""
     B, H, W, _ = np.shape(pixels)
-    border = [(0, -B % columns), (1, 1), (1, 1), (0, 0)]
-    page = np.pad(pixels, border, constant_values=255)
+    page = np.pad(pixels, [(0, -B % columns), (1, 1), (1, 1), (0, 0)], constant_values=255)
     page = page.reshape(-1, columns, H + 2, W + 2, 3)
     return page.swapaxes(1, 2).reshape(-1, columns * (W + 2), 3)
 
@@ -523,7 +524,7 @@ class InputError(SystemExit):
         super().__init__(" ".join(message.split())[:500])
 
     @classmethod
-    @contextlib.contextmanager
+    @contextmanager
     def explain(cls, message):
         """Turn any error in a with block into this one."""
         try:
@@ -539,7 +540,7 @@ class InputError(SystemExit):
                 raise cls(f"{message}: {key} is {theirs.get(key)} there, {ours.get(key)} here")
 
 
-@contextlib.contextmanager
+@contextmanager
 def write_whole(path):
     """Open a file that becomes `path` once complete."""
     path = Path(path)
@@ -555,7 +556,7 @@ def write_whole(path):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error})")
     finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
+        with suppress(OSError):  # it is gone if all went well
             partial.unlink()
 
 
@@ -610,8 +611,8 @@ def claim_folder(folder, note, record, rank, remake=False):
 
 def make_parser(text, *flags):
     """Make a parser of --device and flags (name, default or its type, help)."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=text, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "--device", str, "cuda, cpu or mps; None: cuda if there is one"
     for name, default, text in (*flags, device):
         kind = type(default)
@@ -624,7 +625,7 @@ def make_parser(text, *flags):
 
 def setup_process(name=None):
     """Return rank, world size, as torchrun sets them, and a device. Make any text printable."""
-    with contextlib.suppress(AttributeError):  # a notebook prints all
+    with suppress(AttributeError):  # a notebook prints all
         sys.stdout.reconfigure(errors="backslashreplace")
     rank, local, world = 0, 0, 1
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"
