@@ -55,7 +55,7 @@ class Branches(nn.ModuleDict):
 
 
 def convs(c, *layers):
-    """Chain convolutions of c channels; a layer: channels, kernel and what else Conv takes."""
+    """Chain convolutions on c channels; layers: (channels, kernel, what else Conv takes)."""
     net = nn.Sequential()
     for width, *how in layers:
         net.append(Conv(c, width, *how))
@@ -101,9 +101,7 @@ def block_d(c):  # Mixed_7a
 
 def block_e(c, pool):  # Mixed_7b with MEAN, Mixed_7c with MAX
     def fork():
-        return Branches(dict(
-            a=Conv(384, 384, (1, 3)),
-            b=Conv(384, 384, (3, 1))))
+        return Branches(dict(a=Conv(384, 384, (1, 3)), b=Conv(384, 384, (3, 1))))
 
     return Branches(dict(
         branch1x1=Conv(c, 320, 1),
@@ -262,8 +260,8 @@ def read_npz(path):
     with other, open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's take 2 GB
         if "mu" in file:
             weights = {key: file[key] for key in CatFeatures().state_dict() if key in file}
-            count = int(file.get("count", 0))
-            return Statistics(file["mu"], file["sigma"], count, file.get("others"), weights)
+            return Statistics(
+                file["mu"], file["sigma"], int(file.get("count", 0)), file.get("others"), weights)
         images = file["arr_0"]
         if images.dtype != np.uint8 or images.shape[3:] != (3,) or not images.size:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
@@ -285,9 +283,8 @@ def measure(path, weights, args, device):
         return image
 
     if weights:
-        net = CatFeatures().eval().requires_grad_(False)
+        net = CatFeatures().eval().requires_grad_(False).to(device)
         net.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()})
-        net.to(device)
     else:
         net = inception(args.weights, device)
     rows = []
@@ -303,9 +300,8 @@ def measure(path, weights, args, device):
 
 def recorded(samples):
     """Return the reference and image count that sample.py recorded, or None and 0."""
-    path = samples.absolute()
     try:
-        record = json.loads(path.with_name(f"{path.name}.json").read_text())
+        record = json.loads(Path(f"{samples.absolute()}.json").read_text())
         reference = record["reference"]
         return reference and Path(reference), int(record["num_samples"])
     except Exception:  # no file, or another program's

@@ -164,8 +164,7 @@ class VQ(nn.Module):
 
     def embed(self, codes):
         """Look up the latents z [B,d,h,w] of codes [B,h,w]."""
-        z = F.embedding(codes, self.codebook)
-        return z.movedim(-1, 1).contiguous()
+        return F.embedding(codes, self.codebook).movedim(-1, 1).contiguous()
 
     def nearest(self, z):
         """Find the nearest codes [B,h,w], int64, of latents z [B,d,h,w]."""
@@ -321,30 +320,28 @@ def open_arrays(args, labels, side, rank):
 
 def describe(args, vq, paths, classes):
     """Return what meta.json says of the data; other pictures under the same names differ in it."""
-    def signature(path):
+    files = []
+    for path in paths:
         file = path.stat() if path.exists() else path.lstat()  # of a broken link
-        return str(path.relative_to(args.images)), file.st_size, file.st_mtime
-
-    files = repr([signature(path) for path in paths])
+        files.append((str(path.relative_to(args.images)), file.st_size, file.st_mtime))
     return dict(
         tokenizer=str(args.vq.resolve()),
         tokenizer_sha256=vq.sha256,
         image_size=args.size, classes=classes, flip=args.flip,
-        files=hashlib.sha256(files.encode()).hexdigest(),
+        files=hashlib.sha256(repr(files).encode()).hexdigest(),
         reference="reference.npz")
 
 
 def encode_folder(args, vq, rank, world, device):
     """Encode this process's share of the rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
-    meta = describe(args, vq, paths, classes)
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
         others = sum(path.suffix.lower() in UNREAD for path in args.images.rglob("*"))
         if others:
             print(f"{others} HEIC, TIFF, AVIF or GIF files left out; convert to PNG")
-    claim_folder(args.out, args.out / "meta.json", meta, rank)
+    claim_folder(args.out, args.out / "meta.json", describe(args, vq, paths, classes), rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
     def read(i):
@@ -440,8 +437,7 @@ def from_pixels(pixels):
 
 def to_pixels(x):
     """Map images [B,3,H,W] in [-1,1] to uint8 [B,H,W,3] by rounding; the release truncates."""
-    x = (x.float() + 1) * 127.5
-    x = x.round().clamp(0, 255)
+    x = ((x.float() + 1) * 127.5).round().clamp(0, 255)
     return x.byte().movedim(1, -1)
 
 
