@@ -200,7 +200,7 @@ class CatFeatures(nn.Sequential):
 def our_name(key):
     """Rename a published key: there, steps of a branch count from 1, and pools do not count."""
     key = key.replace(".branch_pool.", ".branch_pool.1.")
-    key = re.sub(r"(branch\w+_\d)([ab])", r"\1.\2", key)
+    key = re.sub(r"(branch\w+_\d)([ab])", r"\1.\2", key)  # of a fork
     return re.sub(r"_(\d)\.", lambda step: f".{int(step[1]) - 1}.", key)
 
 

@@ -124,7 +124,7 @@ def decoder(ch, ch_mult, num_blocks, z_channels, norm):
     last = len(ch_mult) - 1
     levels = {}
     top = c = ch * ch_mult[-1]
-    for i, m in reversed(list(enumerate(ch_mult))):  # up.0, the finest level, is the last
+    for i, m in reversed(list(enumerate(ch_mult))):  # up.0, the finest, is last
         levels[str(i)] = Level(c, ch * m, num_blocks + 1, i == last, norm, up=i > 0)
         c = ch * m
     return chain(
@@ -264,7 +264,7 @@ def load_vq(path, device="cpu"):
             extra = "loss.", "model_ema."
             state = {k: x for k, x in file["state_dict"].items() if not k.startswith(extra)}
             config = config_of(state)
-        else:  # LlamaGen, which samples with the averaged weights
+        else:  # LlamaGen, which samples with averaged weights
             state = from_llamagen(file.get("ema") or file["model"])
             config = config_of(state) | {"l2_norm": True}
         with torch.device("meta"):
@@ -273,13 +273,13 @@ def load_vq(path, device="cpu"):
         vq.load_state_dict(state, assign=True)
         vq.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if torch.device(device).type == "cpu":  # 1.6x faster; GroupNorm on a GPU would copy
-        vq = vq.to(memory_format=torch.channels_last)
+        vq.to(memory_format=torch.channels_last)
     return vq.eval().requires_grad_(False).to(device)
 
 
 # ---------- encoding a data set
 
-# A row of codes.npy is EMPTY until it is encoded. Each process fills its own block of rows, so that
+# A row of codes.npy is EMPTY until it is encoded. Each process fills its own block of rows, so
 # machines share no page of a file. The same command resumes.
 EMPTY = 2 ** 16 - 1
 
@@ -333,7 +333,7 @@ def describe(args, vq, paths, classes):
 
 
 def encode_folder(args, vq, rank, world, device):
-    """Encode this process's share of the rows that are still EMPTY."""
+    """Encode this process's rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
@@ -485,8 +485,7 @@ def is_readable(path):
 def crop(image, size):
     """Scale an Image and crop its centre as ADM does: uint8 [size,size,3]."""
     spare = [max(0, x - 8 * min(image.size)) // 2 for x in image.size]
-    if any(spare):  # thin: its middle is enough
-        image = ImageOps.crop(image, tuple(spare))
+    image = ImageOps.crop(image, tuple(spare))  # of a thin one, the middle is enough
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
@@ -562,7 +561,7 @@ def write_json(path, record):
 
 
 def read_ahead(read, items, n, **bar):
-    """Yield n items at a time, with read() of each; threads read a batch ahead. bar: tqdm's."""
+    """Yield n items at a time, with read() of each; threads read a batch ahead. bar: for tqdm."""
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
         ahead = pool.map(read, items[:n])
         for i in tqdm(range(0, len(items), n), unit=" batches", **bar):
