@@ -1,6 +1,6 @@
 """Compute the Fréchet Inception distance (FID) between two sets of images.
 
-The distance is that of two Gaussians, of the mean mu and covariance S of 2048 Inception features:
+The distance is that of two Gaussians, of mean mu and covariance S of 2048 Inception features:
 
     FID = |mu1 - mu2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)    (arXiv 1706.08500)
 
@@ -10,13 +10,12 @@ The distance is that of two Gaussians, of the mean mu and covariance S of 2048 I
 
 A set is a folder of images, or an .npz of uint8 images (arr_0, [N,H,W,3]) or statistics (mu,
 sigma). The number is torch-fidelity's on the same images and weights. For the demo's cats, a small
-network that has learnt to read cats takes Inception's place: reference.npz holds its weights.
+network that reads cats takes Inception's place: reference.npz holds its weights.
 
 Shapes: B batch, N images, C channels, H W pixels, D features.
 """
 import functools
 import json
-import math
 import re
 from collections import OrderedDict, namedtuple
 from pathlib import Path
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from vq import (InputError, crop, find_images, make_parser, read_ahead, read_image,
                 setup_process, write_whole)
@@ -34,8 +32,8 @@ URL = ("https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
        "weights-inception-2015-12-05-6726825d.pth")
 BATCH = 32
 
-# Of a set of images: mean and covariance of its features, their number (0: unknown), features of
-# other real images, and weights if these are CatFeatures.
+# Mean and covariance of the features of a set, their number (0: unknown), features of other real
+# images, and weights if these are CatFeatures.
 Statistics = namedtuple("Statistics", "mu sigma count others weights", defaults=(None, None))
 
 
@@ -56,58 +54,60 @@ class Branches(nn.ModuleDict):
         return torch.cat([branch(x) for branch in self.values()], 1)
 
 
-Chain = nn.Sequential
-MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # as TensorFlow, unlike torchvision
-MAX = nn.MaxPool2d(3, 1, 1)
+def convs(c, *layers):
+    """Chain convolutions on c channels; layers: (channels, kernel, what else Conv takes)."""
+    net = nn.Sequential()
+    for width, *how in layers:
+        net.append(Conv(c, width, *how))
+        c = width
+    return net
+
+
+DOWN = 2, "valid"  # stride and padding
 HALVE = nn.MaxPool2d(3, 2)
-DOWN = dict(stride=2, padding="valid")
+MAX = nn.MaxPool2d(3, 1, 1)
+MEAN = nn.AvgPool2d(3, 1, 1, count_include_pad=False)  # as TensorFlow, unlike torchvision
 
 
 def block_a(c, c_pool):  # Mixed_5b, 5c, 5d
-    return Branches({
-        "branch1x1": Conv(c, 64, 1),
-        "branch5x5": Chain(Conv(c, 48, 1), Conv(48, 64, 5)),
-        "branch3x3dbl": Chain(Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3)),
-        "branch_pool": Chain(MEAN, Conv(c, c_pool, 1))})
+    return Branches(dict(
+        branch1x1=Conv(c, 64, 1),
+        branch5x5=convs(c, (48, 1), (64, 5)),
+        branch3x3dbl=convs(c, (64, 1), (96, 3), (96, 3)),
+        branch_pool=nn.Sequential(MEAN, Conv(c, c_pool, 1))))
 
 
 def block_b(c):  # Mixed_6a
-    return Branches({
-        "branch3x3": Conv(c, 384, 3, **DOWN),
-        "branch3x3dbl": Chain(
-            Conv(c, 64, 1), Conv(64, 96, 3), Conv(96, 96, 3, **DOWN)),
-        "pool": HALVE})
+    return Branches(dict(
+        branch3x3=Conv(c, 384, 3, *DOWN),
+        branch3x3dbl=convs(c, (64, 1), (96, 3), (96, 3, *DOWN)),
+        pool=HALVE))
 
 
 def block_c(c, m):  # Mixed_6b to 6e
-    return Branches({
-        "branch1x1": Conv(c, 192, 1),
-        "branch7x7": Chain(
-            Conv(c, m, 1), Conv(m, m, (1, 7)), Conv(m, 192, (7, 1))),
-        "branch7x7dbl": Chain(Conv(c, m, 1), Conv(m, m, (7, 1)), Conv(m, m, (1, 7)),
-                              Conv(m, m, (7, 1)), Conv(m, 192, (1, 7))),
-        "branch_pool": Chain(MEAN, Conv(c, 192, 1))})
+    return Branches(dict(
+        branch1x1=Conv(c, 192, 1),
+        branch7x7=convs(c, (m, 1), (m, (1, 7)), (192, (7, 1))),
+        branch7x7dbl=convs(c, (m, 1), (m, (7, 1)), (m, (1, 7)), (m, (7, 1)), (192, (1, 7))),
+        branch_pool=nn.Sequential(MEAN, Conv(c, 192, 1))))
 
 
 def block_d(c):  # Mixed_7a
-    return Branches({
-        "branch3x3": Chain(Conv(c, 192, 1), Conv(192, 320, 3, **DOWN)),
-        "branch7x7x3": Chain(Conv(c, 192, 1), Conv(192, 192, (1, 7)), Conv(192, 192, (7, 1)),
-                             Conv(192, 192, 3, **DOWN)),
-        "pool": HALVE})
+    return Branches(dict(
+        branch3x3=convs(c, (192, 1), (320, 3, *DOWN)),
+        branch7x7x3=convs(c, (192, 1), (192, (1, 7)), (192, (7, 1)), (192, 3, *DOWN)),
+        pool=HALVE))
 
 
 def block_e(c, pool):  # Mixed_7b with MEAN, Mixed_7c with MAX
     def fork():
-        return Branches({
-            "a": Conv(384, 384, (1, 3)),
-            "b": Conv(384, 384, (3, 1))})
+        return Branches(dict(a=Conv(384, 384, (1, 3)), b=Conv(384, 384, (3, 1))))
 
-    return Branches({
-        "branch1x1": Conv(c, 320, 1),
-        "branch3x3": Chain(Conv(c, 384, 1), fork()),
-        "branch3x3dbl": Chain(Conv(c, 448, 1), Conv(448, 384, 3), fork()),
-        "branch_pool": Chain(pool, Conv(c, 192, 1))})
+    return Branches(dict(
+        branch1x1=Conv(c, 320, 1),
+        branch3x3=convs(c, (384, 1)).append(fork()),
+        branch3x3dbl=convs(c, (448, 1), (384, 3)).append(fork()),
+        branch_pool=nn.Sequential(pool, Conv(c, 192, 1))))
 
 
 class InceptionV3(nn.Sequential):
@@ -115,7 +115,7 @@ class InceptionV3(nn.Sequential):
 
     def __init__(self):
         super().__init__(OrderedDict(
-            Conv2d_1a_3x3=Conv(3, 32, 3, **DOWN),
+            Conv2d_1a_3x3=Conv(3, 32, 3, *DOWN),
             Conv2d_2a_3x3=Conv(32, 32, 3, padding="valid"),
             Conv2d_2b_3x3=Conv(32, 64, 3),
             maxpool1=HALVE,
@@ -133,18 +133,18 @@ class InceptionV3(nn.Sequential):
             Mixed_7a=block_d(768),
             Mixed_7b=block_e(1280, MEAN),
             Mixed_7c=block_e(2048, MAX),
-            fc=nn.Linear(2048, 1008)))  # in the published file, but not used
+            fc=nn.Linear(2048, 1008)))  # published, but not used
 
     @torch.inference_mode()
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is too coarse
     def forward(self, x):
         if x.dtype != torch.uint8:
             raise TypeError(f"pixels must be uint8, not {x.dtype}")
         x = resize(x.float())  # [B,3,299,299]
         x = (x - 128) / 128
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 is too coarse
-            for layer in list(self)[:-1]:
-                x = layer(x)
+        for layer in list(self)[:-1]:
+            x = layer(x)
         return x.mean((2, 3))  # [B,2048,8,8] to [B,2048]
 
     def freeze(self):
@@ -161,7 +161,7 @@ def resize(x, size=299):
     """Interpolate [B,C,H,W] as TensorFlow 1 did: output row i lies at input row i * H / size."""
     for dim in (3, 2):
         n = x.shape[dim]
-        scale = torch.tensor(n / size, device=x.device)
+        scale = x.new_tensor(n / size)
         at = torch.arange(size, device=x.device) * scale
         low = at.long()
         high = (low + 1).clamp(max=n - 1)
@@ -200,12 +200,8 @@ class CatFeatures(nn.Sequential):
 def our_name(key):
     """Rename a published key: there, steps of a branch count from 1, and pools do not count."""
     key = key.replace(".branch_pool.", ".branch_pool.1.")
-    step = re.search(r"(\.branch\w+)_(\d)([ab]?)\.", key)
-    if not step:
-        return key
-    branch, number, fork = step.groups()
-    fork = f"{fork}." if fork else ""
-    return key.replace(step[0], f"{branch}.{int(number) - 1}.{fork}")
+    key = re.sub(r"(branch\w+_\d)([ab])", r"\1.\2", key)  # of a fork
+    return re.sub(r"_(\d)\.", lambda step: f".{int(step[1]) - 1}.", key)
 
 
 def load_inception(path=None):
@@ -264,10 +260,10 @@ def read_npz(path):
     with other, open(path, "rb") as f, np.load(f) as file:  # lazily: ADM's take 2 GB
         if "mu" in file:
             weights = {key: file[key] for key in CatFeatures().state_dict() if key in file}
-            count = int(file.get("count", 0))
-            return Statistics(file["mu"], file["sigma"], count, file.get("others"), weights)
+            return Statistics(
+                file["mu"], file["sigma"], int(file.get("count", 0)), file.get("others"), weights)
         images = file["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        if images.dtype != np.uint8 or images.shape[3:] != (3,) or not images.size:
             raise ValueError(f"arr_0 is {images.dtype} {images.shape}")
         return images
 
@@ -287,16 +283,13 @@ def measure(path, weights, args, device):
         return image
 
     if weights:
-        net = CatFeatures().eval().requires_grad_(False)
+        net = CatFeatures().eval().requires_grad_(False).to(device)
         net.load_state_dict({key: torch.from_numpy(x) for key, x in weights.items()})
-        net.to(device)
     else:
         net = inception(args.weights, device)
     rows = []
     shape = read(images[0]).shape
-    batches = read_ahead(read, images, BATCH)
-    total = math.ceil(len(images) / BATCH)
-    for names, pixels in tqdm(batches, str(path), total, unit=" batches", disable=None):
+    for names, pixels in read_ahead(read, images, BATCH, desc=str(path), disable=None):
         for name, image in zip(names, pixels):
             if image.shape != shape:
                 raise InputError(f"{name}: is {image.shape}, {images[0]} is {shape}; use --size")
@@ -306,10 +299,9 @@ def measure(path, weights, args, device):
 
 
 def recorded(samples):
-    """Return the reference and the number of images that sample.py recorded, or None and 0."""
-    path = samples.absolute()
+    """Return the reference and image count that sample.py recorded, or None and 0."""
     try:
-        record = json.loads(path.with_name(f"{path.name}.json").read_text())
+        record = json.loads(Path(f"{samples.absolute()}.json").read_text())
         reference = record["reference"]
         return reference and Path(reference), int(record["num_samples"])
     except Exception:  # no file, or another program's
@@ -322,7 +314,7 @@ def main(argv=None):
         ("--ref", Path, "reference; None: what sample.py recorded"),
         ("--weights", Path, "of Inception; None: torch's hub cache, or a download"),
         ("--size", 0, "crop pictures of folders as vq.py does; 0: no"),
-        ("--save-stats", Path, "file to write the statistics to, for --ref"))
+        ("--save-stats", Path, "file to write, for --ref"))
     parser.add_argument("samples", type=Path, help="folder or .npz")
     args = parser.parse_args(argv)
     _, _, device = setup_process(args.device)
@@ -333,7 +325,7 @@ def main(argv=None):
     if count and len(find_images(args.samples)) < count:
         raise InputError(f"{args.samples}: images are missing; repeat sample.py")
 
-    theirs = measure(reference, {}, args, device) if reference else None
+    theirs = reference and measure(reference, {}, args, device)
     weights = (theirs and theirs.weights) or {}
     mu, sigma, n, *_ = measure(args.samples, weights, args, device)
     if args.save_stats:

@@ -4,8 +4,8 @@
     embed     z = e_c
     decode    x = decoder(z)
 
-The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), of vq_ds8_c2i
-(FoundationVision/LlamaGen), and of this project's tokenizers.
+The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), vq_ds8_c2i
+(FoundationVision/LlamaGen) and this project's tokenizers.
 
     python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip    also with torchrun
     python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt        original | reconstruction
@@ -13,7 +13,6 @@ The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion
 Shapes: B batch, H W pixels, h w grid of codes, K codes, d code dimension, C channels.
 """
 import argparse
-import contextlib
 import functools
 import hashlib
 import json
@@ -26,6 +25,7 @@ import sys
 import time
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -114,8 +114,9 @@ def encoder(ch, ch_mult, num_blocks, z_channels, norm):
     for i, m in enumerate(ch_mult):
         down.append(Level(c, ch * m, num_blocks, i == last, norm, down=i < last))
         c = ch * m
-    return chain(conv_in=conv3(3, ch), down=down, mid=middle(c, norm), norm_out=norm(c),
-                 act=nn.SiLU(), conv_out=conv3(c, z_channels))
+    return chain(
+        conv_in=conv3(3, ch), down=down, mid=middle(c, norm),
+        norm_out=norm(c), act=nn.SiLU(), conv_out=conv3(c, z_channels))
 
 
 def decoder(ch, ch_mult, num_blocks, z_channels, norm):
@@ -123,11 +124,12 @@ def decoder(ch, ch_mult, num_blocks, z_channels, norm):
     last = len(ch_mult) - 1
     levels = {}
     top = c = ch * ch_mult[-1]
-    for i, m in reversed(list(enumerate(ch_mult))):  # up.0, the finest level, is the last
+    for i, m in reversed(list(enumerate(ch_mult))):  # up.0, the finest, is last
         levels[str(i)] = Level(c, ch * m, num_blocks + 1, i == last, norm, up=i > 0)
         c = ch * m
-    return chain(conv_in=conv3(z_channels, top), mid=middle(top, norm), up=chain(**levels),
-                 norm_out=norm(c), act=nn.SiLU(), conv_out=conv3(c, 3))
+    return chain(
+        conv_in=conv3(z_channels, top), mid=middle(top, norm), up=chain(**levels),
+        norm_out=norm(c), act=nn.SiLU(), conv_out=conv3(c, 3))
 
 
 class VQ(nn.Module):
@@ -151,20 +153,18 @@ class VQ(nn.Module):
 
     @property
     def codebook(self):
-        """The code vectors e_k, [K,d]; unit vectors with l2_norm."""
+        """The vectors e_k, [K,d]; unit vectors with l2_norm."""
         E = self.quantize.embedding.weight
         return F.normalize(E, dim=1) if self.l2_norm else E
 
+    @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 changes codes
     def encode(self, x):
         """Map images [B,3,H,W] in [-1,1] to codes (Eq. 8, 9). self.factor must divide H and W."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes codes
-            h = self.quant_conv(self.encoder(x))
-            return self.nearest(h)
+        return self.nearest(self.quant_conv(self.encoder(x)))
 
     def embed(self, codes):
         """Look up the latents z [B,d,h,w] of codes [B,h,w]."""
-        z = F.embedding(codes, self.codebook)
-        return z.movedim(-1, 1).contiguous()
+        return F.embedding(codes, self.codebook).movedim(-1, 1).contiguous()
 
     def nearest(self, z):
         """Find the nearest codes [B,h,w], int64, of latents z [B,d,h,w]."""
@@ -200,7 +200,7 @@ class Stub:
 
 
 def read_checkpoint(path):
-    """Read a torch.save file onto the CPU. Its tensors are read when they are used.
+    """Read a torch.save file onto the CPU, its tensors when they are used.
 
     Nothing in it is executed: trainers' objects become stubs, others are refused.
     """
@@ -231,7 +231,7 @@ def from_llamagen(state):
 
 
 def count(state, prefix):
-    """Count the modules of a state dict whose keys are a prefix, a number, and more."""
+    """Count the modules whose keys are a prefix, a number, and more."""
     return len({key[len(prefix):].split(".")[0] for key in state if key.startswith(prefix)})
 
 
@@ -264,7 +264,7 @@ def load_vq(path, device="cpu"):
             extra = "loss.", "model_ema."
             state = {k: x for k, x in file["state_dict"].items() if not k.startswith(extra)}
             config = config_of(state)
-        else:  # LlamaGen, which samples with the averaged weights
+        else:  # LlamaGen, which samples with averaged weights
             state = from_llamagen(file.get("ema") or file["model"])
             config = config_of(state) | {"l2_norm": True}
         with torch.device("meta"):
@@ -273,13 +273,13 @@ def load_vq(path, device="cpu"):
         vq.load_state_dict(state, assign=True)
         vq.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     if torch.device(device).type == "cpu":  # 1.6x faster; GroupNorm on a GPU would copy
-        vq = vq.to(memory_format=torch.channels_last)
+        vq.to(memory_format=torch.channels_last)
     return vq.eval().requires_grad_(False).to(device)
 
 
 # ---------- encoding a data set
 
-# A row of codes.npy is EMPTY until it is encoded. Each process fills its own block of rows, so that
+# A row of codes.npy is EMPTY until it is encoded. Each process fills its own block of rows, so
 # machines share no page of a file. The same command resumes.
 EMPTY = 2 ** 16 - 1
 
@@ -320,30 +320,28 @@ def open_arrays(args, labels, side, rank):
 
 def describe(args, vq, paths, classes):
     """Return what meta.json says of the data; other pictures under the same names differ in it."""
-    def signature(path):
+    files = []
+    for path in paths:
         file = path.stat() if path.exists() else path.lstat()  # of a broken link
-        return str(path.relative_to(args.images)), file.st_size, file.st_mtime
-
-    files = repr([signature(path) for path in paths])
+        files.append((str(path.relative_to(args.images)), file.st_size, file.st_mtime))
     return dict(
         tokenizer=str(args.vq.resolve()),
         tokenizer_sha256=vq.sha256,
         image_size=args.size, classes=classes, flip=args.flip,
-        files=hashlib.sha256(files.encode()).hexdigest(),
+        files=hashlib.sha256(repr(files).encode()).hexdigest(),
         reference="reference.npz")
 
 
 def encode_folder(args, vq, rank, world, device):
-    """Encode this process's share of the rows that are still EMPTY."""
+    """Encode this process's rows that are still EMPTY."""
     paths, labels, classes = list_images(args.images)
-    meta = describe(args, vq, paths, classes)
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
-        others = [path for path in args.images.rglob("*") if path.suffix.lower() in UNREAD]
+        others = sum(path.suffix.lower() in UNREAD for path in args.images.rglob("*"))
         if others:
-            print(f"{len(others)} HEIC, TIFF, AVIF or GIF files left out; convert them to PNG")
-    claim_folder(args.out, args.out / "meta.json", meta, rank)
+            print(f"{others} HEIC, TIFF, AVIF or GIF files left out; convert to PNG")
+    claim_folder(args.out, args.out / "meta.json", describe(args, vq, paths, classes), rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
     def read(i):
@@ -354,14 +352,11 @@ def encode_folder(args, vq, rank, world, device):
             labels[i] = -1  # before its codes replace EMPTY
             return np.zeros((args.size, args.size, 3), np.uint8)
 
-    def missing(i):
-        return any((codes[i] == EMPTY).any() for codes in maps)
+    def missing(rows):
+        return any((codes[rows] == EMPTY).any() for codes in maps)
 
-    N = len(paths)
-    todo = [i for i in range(rank * N // world, (rank + 1) * N // world) if missing(i)]
-    n = args.batch_size
-    total = math.ceil(len(todo) / n)
-    for rows, pixels in tqdm(read_ahead(read, todo, n), "encode", total, disable=rank > 0):
+    todo = [i for i in np.array_split(range(len(paths)), world)[rank] if missing(i)]
+    for rows, pixels in read_ahead(read, todo, args.batch_size, desc="encode", disable=rank > 0):
         pixels = np.stack(pixels)
         x = from_pixels(pixels).to(device)  # [B,3,H,W]
         for codes, images in zip(maps, (x, x.flip(3))):
@@ -371,13 +366,13 @@ def encode_folder(args, vq, rank, world, device):
             db = psnr(pixels[:4], vq.decode_pixels(few))
             tqdm.write(f"PSNR of a few: {db:.1f} dB; below 20, try another tokenizer")
     if rank == 0:
-        wait_for(lambda: not any((codes[:, 0, 0] == EMPTY).any() for codes in maps))
+        wait_for(lambda: not missing(np.s_[:, 0, 0]))
         bad = (labels < 0).sum()
         print(f"{len(labels) - bad} images of {len(classes)} classes, {bad} left out")
         model = "demo" if device.type == "cpu" else "S"
         flags = f"--model DiT-{model}/2 --global-batch-size 64 --steps 20000 --ema-ramp"
-        print(f"next: python train.py --data {shlex.quote(str(args.out))}",
-              flags if len(labels) < 200_000 else "")
+        data = shlex.quote(str(args.out))
+        print(f"next: python train.py --data {data}", flags if len(labels) < 200_000 else "")
 
 
 def psnr(a, b):
@@ -418,8 +413,9 @@ def main():
     if len(vq.codebook) > EMPTY:
         raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
     if min(args.size, args.batch_size) < 1 or args.size % vq.factor:
-        raise InputError(f"--size {args.size}: give a multiple of {vq.factor}; "
-                         f"--batch-size {args.batch_size}: one or more")
+        raise InputError(
+            f"--size {args.size}: give a multiple of {vq.factor}; "
+            f"--batch-size {args.batch_size}: one or more")
     if args.images:
         encode_folder(args, vq, rank, world, device)
     elif rank == 0:
@@ -441,20 +437,19 @@ def from_pixels(pixels):
 
 def to_pixels(x):
     """Map images [B,3,H,W] in [-1,1] to uint8 [B,H,W,3] by rounding; the release truncates."""
-    x = (x.float() + 1) * 127.5
-    x = x.round().clamp(0, 255)
+    x = ((x.float() + 1) * 127.5).round().clamp(0, 255)
     return x.byte().movedim(1, -1)
 
 
 def find_images(folder, seen=None):
     """List the pictures in a folder and those below, which are entered once."""
-    seen = set() if seen is None else seen
+    seen = seen or set()
     found = []
     with InputError.explain(f"{folder}: unreadable folder"):
-        real = folder.resolve()
-        paths = sorted(folder.iterdir()) if real not in seen else []
-        seen.add(real)
-        for path in paths:
+        if folder.resolve() in seen:
+            return []
+        seen.add(folder.resolve())
+        for path in sorted(folder.iterdir()):
             if path.name.startswith((".", "__MACOSX")):  # hidden
                 continue
             if path.is_dir():
@@ -469,7 +464,7 @@ def read_image(path):
     unreadable = InputError.explain(f"{path}: not a readable picture")
     with unreadable, Image.open(path, formats=FORMATS) as image:
         image.load()
-        with contextlib.suppress(Exception):  # damaged EXIF data: do not rotate
+        with suppress(Exception):  # damaged EXIF data: do not rotate
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits, which convert() would clip
             grey = np.asarray(image)
@@ -483,15 +478,14 @@ def read_image(path):
 
 
 def is_readable(path):
-    with contextlib.suppress(InputError):
+    with suppress(InputError):
         return read_image(path)
 
 
 def crop(image, size):
     """Scale an Image and crop its centre as ADM does: uint8 [size,size,3]."""
     spare = [max(0, x - 8 * min(image.size)) // 2 for x in image.size]
-    if any(spare):  # thin: its middle is enough
-        image = ImageOps.crop(image, tuple(spare))
+    image = ImageOps.crop(image, tuple(spare))  # of a thin one, the middle is enough
     while min(image.size) >= 2 * size:
         image = image.resize([x // 2 for x in image.size], Image.BOX)
     scale = size / min(image.size)
@@ -504,8 +498,7 @@ def crop(image, size):
 def sheet(pixels, columns):
     """Arrange uint8 [B,H,W,3] on a white picture, two pixels apart."""
     B, H, W, _ = np.shape(pixels)
-    border = [(0, -B % columns), (1, 1), (1, 1), (0, 0)]
-    page = np.pad(pixels, border, constant_values=255)
+    page = np.pad(pixels, [(0, -B % columns), (1, 1), (1, 1), (0, 0)], constant_values=255)
     page = page.reshape(-1, columns, H + 2, W + 2, 3)
     return page.swapaxes(1, 2).reshape(-1, columns * (W + 2), 3)
 
@@ -526,7 +519,7 @@ class InputError(SystemExit):
         super().__init__(" ".join(message.split())[:500])
 
     @classmethod
-    @contextlib.contextmanager
+    @contextmanager
     def explain(cls, message):
         """Turn any error in a with block into this one."""
         try:
@@ -542,7 +535,7 @@ class InputError(SystemExit):
                 raise cls(f"{message}: {key} is {theirs.get(key)} there, {ours.get(key)} here")
 
 
-@contextlib.contextmanager
+@contextmanager
 def write_whole(path):
     """Open a file that becomes `path` once complete."""
     path = Path(path)
@@ -558,7 +551,7 @@ def write_whole(path):
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         raise InputError(f"{path}: cannot be written ({error})")
     finally:
-        with contextlib.suppress(OSError):  # it is gone if all went well
+        with suppress(OSError):  # it is gone if all went well
             partial.unlink()
 
 
@@ -567,15 +560,14 @@ def write_json(path, record):
         file.write(json.dumps(record, indent=1).encode())
 
 
-def read_ahead(read, items, n):
-    """Yield n items at a time, with read() of each; threads read a batch ahead."""
-    batches = [items[i:i + n] for i in range(0, len(items), n)]
+def read_ahead(read, items, n, **bar):
+    """Yield n items at a time, with read() of each; threads read a batch ahead. bar: for tqdm."""
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:
-        ahead = pool.map(read, batches[0] if batches else [])
-        for batch, after in zip(batches, [*batches[1:], []]):
+        ahead = pool.map(read, items[:n])
+        for i in tqdm(range(0, len(items), n), unit=" batches", **bar):
             found = ahead
-            ahead = pool.map(read, after)
-            yield batch, list(found)
+            ahead = pool.map(read, items[i + n:i + 2 * n])
+            yield items[i:i + n], list(found)
 
 
 def wait_for(ready, limit=math.inf):
@@ -614,8 +606,8 @@ def claim_folder(folder, note, record, rank, remake=False):
 
 def make_parser(text, *flags):
     """Make a parser of --device and flags (name, default or its type, help)."""
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=text, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "--device", str, "cuda, cpu or mps; None: cuda if there is one"
     for name, default, text in (*flags, device):
         kind = type(default)
@@ -628,7 +620,7 @@ def make_parser(text, *flags):
 
 def setup_process(name=None):
     """Return rank, world size, as torchrun sets them, and a device. Make any text printable."""
-    with contextlib.suppress(AttributeError):  # a notebook prints all
+    with suppress(AttributeError):  # a notebook prints all
         sys.stdout.reconfigure(errors="backslashreplace")
     rank, local, world = 0, 0, 1
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"
