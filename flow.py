@@ -38,7 +38,7 @@ class Purrception(nn.Module):
     # ---------- training
 
     def forward(self, codes, y, noise=None):
-        """Return the loss of codes [B,h,w] with classes y [B], and a dictionary of its parts."""
+        """Return the loss of codes [B,h,w] of classes y [B], and its parts by name."""
         t, z0, drop = noise or self.noise(len(codes))
         z = self.path(z0, codes, t)
         y = y.masked_fill(drop, self.model.num_classes)
@@ -135,17 +135,17 @@ class Purrception(nn.Module):
     # ---------- the network's outputs
 
     def guided(self, z, t, y, cfg):
-        """Compute the features [BN,D] whose logits are null + cfg (cond - null).
+        """Compute the features [B,N,D] whose logits are null + cfg (cond - null).
 
         cond is with the class, null without. As the head is affine, it may run once, afterwards.
         """
         if cfg == 1:
-            return self.model.hidden(z, t, y).flatten(0, 1)
+            return self.model.hidden(z, t, y)
         no_class = torch.full_like(y, self.model.num_classes)
         z = torch.cat([z, z])
         t = torch.cat([t, t])
         y = torch.cat([y, no_class])
-        h = self.model.hidden(z, t, y).flatten(0, 1)
+        h = self.model.hidden(z, t, y)
         cond, null = h.chunk(2)
         return torch.lerp(null, cond, cfg)
 
@@ -156,6 +156,7 @@ class Purrception(nn.Module):
         """
         head = self.model.final_layer.linear
         h = self.guided(z, t, y, cfg) / tau  # cheaper than to divide the logits
+        h = h.flatten(0, 1)
         G = self.model.patch_size ** 2
         weights = head.weight.chunk(G)  # [K,D] each
         biases = (head.bias / tau).chunk(G)
@@ -268,18 +269,16 @@ class DFM(Purrception):
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)                      # [B,h,w] each
         uniform = to_tokens(which, self.model.patch_size)  # [B,N,G]
-        uniform = uniform.flatten(0, 1)
-        uniform = uniform.T.flatten()  # in the order of outputs()
+        uniform = uniform.movedim(2, 0).flatten()          # in the order of outputs()
         masked = len(self.codebook)
         z = torch.full_like(when, masked, dtype=torch.long)
         for s in range(steps):
             t = torch.full_like(y, s / steps, dtype=torch.float)
-            drawn = torch.empty_like(uniform, dtype=torch.long)
-            drawn = drawn.unsqueeze(1)
+            drawn = []
             for rows, logits in self.outputs(z, t, y, cfg, tau):
                 pi = torch.softmax(logits, 1)
-                drawn[rows] = pick(pi, uniform[rows])
-            drawn = self.on_grid(drawn).squeeze(-1)
+                drawn.append(pick(pi, uniform[rows]))
+            drawn = self.on_grid(torch.cat(drawn)).squeeze(-1)
             due = when < (s + 1) / steps
             z = torch.where(due & (z == masked), drawn, z)
         return z
@@ -322,7 +321,8 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
 
     low, high = interval
     old_t = old_mu = None
-    times = [start + (1 - start) * (s / steps) for s in range(steps + 1)]  # ends at exactly 1
+    parts = (s / steps for s in range(steps + 1))
+    times = [start + (1 - start) * part for part in parts]  # the last is exactly 1
     for t, after in zip(times, times[1:]):
         guidance = cfg if low <= t <= high else 1.0
         time = torch.full_like(y, t, dtype=torch.float)
@@ -380,7 +380,7 @@ def nearest_code(z, E):
     rows = z.flatten(0, -2)
     e2 = E.square().sum(1)
     n = chunk_rows(len(E), z.device, cpu=2 ** 18)  # 1 MiB of distances stay in the cache
-    codes = torch.empty(len(rows), dtype=torch.long, device=z.device)
+    codes = rows.new_empty(len(rows), dtype=torch.long)
     with torch.autocast(z.device.type, enabled=False):  # float32 island
         for i in range(0, len(rows), n):
             x = rows[i:i + n]
@@ -439,7 +439,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias = bias.to(dtype)
         n = chunk_rows(weight.shape[1], h.device)
         space = h.new_empty(n, weight.shape[1])
-        sums = torch.zeros(2, dtype=exact, device=h.device)
+        sums = h.new_zeros(2, dtype=exact)
         if grad:
             dh = torch.zeros_like(h, dtype=exact)
             dW = torch.zeros_like(weight, dtype=exact)

@@ -42,13 +42,11 @@ def sincos_2d(width, side):
     """Encode the columns, then the rows of a grid by sines and cosines: [1,side*side,width]."""
     i = torch.arange(width // 4, dtype=torch.float64)
     omega = 10000 ** -(i / (width / 4))
-    axis = torch.arange(side, dtype=torch.float64)
-    row, column = torch.meshgrid(axis, axis, indexing="ij")
-    parts = []
-    for place in (column, row):
-        angles = place.reshape(-1, 1) * omega
-        parts += [angles.sin(), angles.cos()]
-    return torch.cat(parts, 1).float().unsqueeze(0)
+    angles = torch.arange(side).unsqueeze(1) * omega
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # [side,width/2]
+    columns = waves.repeat(side, 1)
+    rows = waves.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], 1).float().unsqueeze(0)
 
 
 class TimestepEmbedder(nn.Module):
@@ -107,7 +105,7 @@ class Block(nn.Module):
             fc2=nn.Linear(hidden, width))
         self.adaLN_modulation = adaln(width, 6)
 
-    def forward(self, x, cond):                                       # x [B,N,D], cond [B,D]
+    def forward(self, x, cond):  # [B,N,D], [B,D]
         parts = self.adaLN_modulation(cond).unsqueeze(1).chunk(6, 2)  # [B,1,D] each
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
@@ -172,9 +170,9 @@ class DiT(nn.Module):
         mlp = self.t_embedder.mlp
         for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
-        zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for layer in zeroed:
+        modulated = [*self.blocks, self.final_layer]
+        zeroed = [module.adaLN_modulation[1] for module in modulated]
+        for layer in (*zeroed, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 

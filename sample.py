@@ -7,7 +7,6 @@
 Image i depends on checkpoint, flags and (seed, i) alone, in bf16 or on a GPU up to rounding. So any
 number of processes makes the same images, and the same command resumes. OUT.json records the flags.
 """
-import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flow import sample_beyond
-from train import bf16_is_fast, compile_blocks, load_run, seeded
+from train import autocast, bf16_is_fast, compile_blocks, load_run, seeded
 from vq import InputError, claim_folder, make_parser, save_image, setup_process, wait_for
 
 TAU = {"purrception": 0.9, "dfm": 1.0}  # defaults; regressions have no temperature
@@ -54,7 +53,7 @@ def draw(run, args, indices):
     classes = [args.classes[i % len(args.classes)] for i in indices]
     y = torch.tensor(classes, device=device)
     settings = (y, args.steps, args.tau, args.cfg_scale, noise)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+    with autocast(device, args):
         if beyond(args):
             codes = sample_beyond(run.flow, *settings, **beyond(args))
         else:
@@ -103,7 +102,7 @@ def parse(argv):
     wrong = {
         "--steps, --num-samples, --per-proc-batch-size, --seed: too small": min(counts) < 1,
         "--tau: give a positive number": args.tau is not None and not args.tau > 0,
-        "--cfg-scale: give a finite number": not math.isfinite(args.cfg_scale),
+        "--cfg-scale: give a finite number": not np.isfinite(args.cfg_scale),
         "--cfg-interval: give LO below HI": not low <= high,
         "--cfg-interval: needs --cfg-scale": [low, high] != [0, 1] and args.cfg_scale == 1,
         "--out: give a folder's name": args.out and args.out.name in ("", "..")

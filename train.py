@@ -22,7 +22,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 import time
 from collections import namedtuple
 from datetime import timedelta
@@ -48,19 +47,18 @@ from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, s
 # images; and the indices of the others.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
 
-
-# What meta.json holds.
-ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)
+ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)  # of meta.json
 
 
 def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
     path = Path(os.path.realpath(path))
-    if not (path / "meta.json").exists():
+    note = path / "meta.json"
+    if not note.exists():
         raise InputError(f"{path}: not a data directory, or moved; to make one: "
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
     with InputError.explain(f"{path}: unusable; mend it, or encode the images again"):
-        meta = {"reference": ""} | json.loads((path / "meta.json").read_text())
+        meta = {"reference": ""} | json.loads(note.read_text())
         for key, kind in ENTRIES.items():
             if not isinstance(meta.get(key), kind):
                 raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
@@ -106,9 +104,8 @@ def load_rows(data, rows, mirror, device):
     """Load codes [b,h,w], mirrored where asked, and labels [b] of data's rows."""
     mirror = np.reshape(mirror, (-1, 1, 1))
     codes = np.where(mirror, data.flipped[rows], data.codes[rows])
-    codes = torch.from_numpy(codes.astype(np.int64))
-    y = torch.from_numpy(data.labels[rows].astype(np.int64))
-    return codes.to(device), y.to(device)
+    labels = data.labels[rows]
+    return [torch.from_numpy(x.astype(np.int64)).to(device) for x in (codes, labels)]
 
 
 def seeded(device, *key):
@@ -145,6 +142,10 @@ def bf16_is_fast(device):
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def autocast(device, args):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
+
+
 def compile_blocks(model):
     """Compile the loss, and the blocks one by one, as one graph serves all."""
     torch._dynamo.config.optimize_ddp = False  # it would cut the graph
@@ -178,8 +179,8 @@ def newest(folder, *patterns):
     """Return the newest file whose name fits a pattern, in a folder or, with **/, below it."""
     files = []
     for pattern in patterns:
-        files += glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
-    files = list(filter(os.path.exists, files))
+        found = glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
+        files += filter(os.path.exists, found)  # broken links do not
     if not files:
         raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
     return Path(max(files, key=os.path.getmtime))
@@ -267,7 +268,7 @@ def save_samples(path, flow, vq, args):
     columns = min(10, flow.model.num_classes)
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.prior(len(y), seeded(device, args.seed)).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+    with autocast(device, args):
         codes = flow.sample(y, steps=50, noise=noise)
     save_image(path, vq.decode_pixels(codes), columns)
 
@@ -286,7 +287,7 @@ def held_out(flow, val, args):
     for t in np.arange(1, 16, 2) / 16:
         times = torch.full_like(y, t, dtype=torch.float)
         z = flow.path(z0, codes, times)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        with autocast(device, args):
             _, parts = flow.loss(z, times, y, codes)
         loss, *_ = parts.values()  # without the z-loss
         by_t.append(loss.item())
@@ -302,7 +303,7 @@ def backward(ddp, codes, y, noise, args):
     for i in range(0, len(codes), b):
         micro = slice(i, i + b)
         ddp.require_backward_grad_sync = i + b == len(codes)  # exchange gradients once a step
-        with torch.autocast(codes.device.type, torch.bfloat16, enabled=args.bf16):
+        with autocast(codes.device, args):
             loss, parts = ddp(codes[micro], y[micro], [x[micro] for x in noise])
         (loss / args.accumulate).backward()
         for name, x in {"loss": loss, **parts}.items():
@@ -474,9 +475,9 @@ def flags():
 def parse(argv=None):
     """Return the flags, and the folder of a run to resume, or None."""
     parser = flags()
-    words = sys.argv[1:] if argv is None else list(argv)
-    first, _ = parser.parse_known_args(words)
+    first, _ = parser.parse_known_args(argv)
     run = None
+    words = []
     recipe = Path(first.data, "recipe.txt")
     parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
     if first.resume:
@@ -486,10 +487,9 @@ def parse(argv=None):
         run = last.parent
     elif os.path.exists(recipe):
         with InputError.explain(f"{recipe}: unreadable; mend or remove it"):
-            more = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
-        parser.set_defaults(recipe=" ".join(more))
-        words = more + words
-    args = parser.parse_args(words)
+            words = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
+        parser.set_defaults(recipe=" ".join(words))
+    args = parser.parse_args(argv, parser.parse_args(words))  # argv overrides the recipe
     counts = args.steps, args.global_batch_size, args.accumulate, args.log_every, args.seed + 1
     if min(counts) < 1:
         parser.error("--steps, --global-batch-size, --accumulate, --log-every, --seed: too small")
