@@ -24,7 +24,7 @@ class Purrception(nn.Module):
     """Learn a distribution over codes along a straight path from noise, and follow its mean.
 
     model: maps z [B,d,h,w], t [B], y [B] to K logits per position. codebook: the e_k, [K,d].
-    label_dropout: share of labels that become "no class" in training, for guidance.
+    label_dropout: share of labels made "no class" in training, for guidance.
     """
 
     def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
@@ -145,8 +145,7 @@ class Purrception(nn.Module):
         z = torch.cat([z, z])
         t = torch.cat([t, t])
         y = torch.cat([y, no_class])
-        h = self.model.hidden(z, t, y)
-        cond, null = h.chunk(2)
+        cond, null = self.model.hidden(z, t, y).chunk(2)
         return torch.lerp(null, cond, cfg)
 
     def outputs(self, z, t, y, cfg, tau=1.0):
@@ -170,7 +169,7 @@ class Purrception(nn.Module):
                 done = rows.stop
 
     def on_grid(self, x):
-        """Put x [GBN,C], in the order of outputs(), on the grid: [B,h,w,C]."""
+        """Put x [GBN,C], in outputs()' order, on the grid: [B,h,w,C]."""
         p = self.model.patch_size
         side = self.model.input_size // p
         x = x.unflatten(0, (p, p, -1, side, side))  # [p,p,B,h/p,w/p,C]
@@ -204,7 +203,7 @@ class CFM(Purrception):
 
     def velocity(self, z, t, y, tau=None, cfg=1.0):
         """Return what the network regresses, guided: [B,d,h,w]."""
-        assert tau is None, "a regression has no posterior, hence no temperature"
+        assert tau is None, "a regression has no temperature"
         out = []
         for _, x in self.outputs(z, t, y, cfg):
             out.append(x)
@@ -310,7 +309,7 @@ OBJECTIVES = {
 @torch.no_grad()
 def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
                   interval=(0, 1), start=0.0, states=None):
-    """Sample codes [B,h,w] as flow.sample does, for any method that has a mean. Beyond it:
+    """Sample codes [B,h,w] as flow.sample does, for a method that has a mean. Beyond it:
 
     order: 2 extends the line through the last two mu, so that ten steps are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
@@ -318,10 +317,9 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
     states: a list, to which each step adds t and z at its end, and mu at its start.
     """
     z = flow.prior(len(y)) if noise is None else noise
-
     low, high = interval
     old_t = old_mu = None
-    parts = (s / steps for s in range(steps + 1))
+    parts = [s / steps for s in range(steps + 1)]
     times = [start + (1 - start) * part for part in parts]  # the last is exactly 1
     for t, after in zip(times, times[1:]):
         guidance = cfg if low <= t <= high else 1.0

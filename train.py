@@ -118,7 +118,7 @@ def seeded(device, *key):
 # ---------- networks
 
 def build(args, data, codebook):
-    """Build the method and its network from args, for Data and its codebook [K,d]."""
+    """Build the method and its network, for Data and its codebook [K,d]."""
     K, d = codebook.shape
     size = SIZES[args.model]
     if data.codes.shape[1] % size["patch_size"]:
@@ -176,11 +176,11 @@ def update_ema(ema, model, decay):
 # ---------- runs and checkpoints
 
 def newest(folder, *patterns):
-    """Return the newest file whose name fits a pattern, in a folder or, with **/, below it."""
+    """Return the newest file that fits a pattern, in a folder or, with **/, below it."""
     files = []
     for pattern in patterns:
         found = glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
-        files += filter(os.path.exists, found)  # broken links do not
+        files += filter(os.path.exists, found)  # not broken links
     if not files:
         raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
     return Path(max(files, key=os.path.getmtime))
@@ -199,7 +199,7 @@ def new_run(name=None):
 
 
 def bind(args, data, run):
-    """Note the data's classes and tokenizer in args, or refuse others than noted."""
+    """Note the data's classes and tokenizer in args, or refuse others."""
     ours = {name: data.meta[name] for name in ("classes", "tokenizer_sha256")}
     theirs = {name: vars(args).setdefault(name, x) for name, x in ours.items()}
     InputError.compare(f"{data.path}: not the data of {run}, give its own", theirs, ours)
@@ -312,7 +312,7 @@ def backward(ddp, codes, y, noise, args):
 
 
 def describe(args, data, flow, world):
-    """Print what is about to be trained, and what of it goes beyond the paper."""
+    """Print what is trained, and what of it goes beyond the paper."""
     N, side, _ = data.codes.shape
     flips = "not " if data.flipped is data.codes else ""
     size = sum(p.numel() for p in flow.model.parameters()) / 1e6
@@ -338,22 +338,20 @@ def catch_signals():
 
 
 def train(args, data, val, vq, run, stop, rank, world, device):
-    """Train from the run's newest checkpoint, if any, until the list `stop` is not empty.
-
-    Return the steps done.
-    """
+    """Train, from the newest checkpoint if any, until the list `stop` fills. Return the steps."""
     torch.manual_seed(args.seed)
     flow = build(args, data, vq.codebook).to(device)
     if args.geometric_head and not isinstance(flow, CFM):
         geometric_head(flow)
     ema = copy.deepcopy(flow).requires_grad_(False)
     opt = make_optimizer(flow, args.lr)
-    params = opt.param_groups[0]["params"]
     start = 0
     ckpt = "none"
     if run and any(run.glob("ckpt*.pt")):
         ckpt = newest(run, "ckpt*.pt")
         _, start = load_checkpoint(ckpt, model=flow.model, ema=ema.model, opt=opt)
+    [group] = opt.param_groups
+    params = group["params"]
     if world > 1:
         agree(vars(args) | dict(checkpoint=str(ckpt), step=start, started=""))
     if rank == 0:
@@ -395,8 +393,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
             raise InputError(f"step {step + 1}: loss {means[0]}; --resume with a smaller --lr")
 
         lr = learning_rate(args, step)
-        for group in opt.param_groups:  # the flags override the checkpoint
-            group.update(lr=lr, weight_decay=args.weight_decay)
+        group.update(lr=lr, weight_decay=args.weight_decay)  # not the checkpoint's
         opt.step()
         opt.zero_grad()
         ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
@@ -440,7 +437,7 @@ def flags():
     parser = make_parser(
         "Train on codes. The defaults are the paper's; (*) goes beyond it.",
         ("--data", str(cats), "data directory"),
-        ("--val", str, "another, on which to measure the loss when pictures are made"),
+        ("--val", str, "another, to measure the loss on it with each picture"),
         ("--name", str, "folder in runs/; None: the first free number"),
         ("--resume", False, "continue --name or the newest run"),
         ("--steps", 3_500_000, "training steps"),
@@ -515,10 +512,9 @@ def main(argv=None):
         gpu = device if device.type == "cuda" else None
         pause = timedelta(minutes=15)  # process 0 may be saving or sampling
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=pause)
-    name = args.name
-    del args.name, args.resume, args.device  # the others are the run's
     if rank == 0:
-        run = run or new_run(name)
+        run = run or new_run(args.name)
+    del args.name, args.resume, args.device  # the others are the run's
     try:
         with catch_signals() as stop:
             done = train(args, data, val, vq, run, stop, rank, world, device)
