@@ -174,7 +174,8 @@ class Purrception(nn.Module):
         side = self.model.input_size // p
         x = x.unflatten(0, (p, p, -1, side, side))  # [p,p,B,h/p,w/p,C]
         x = x.permute(2, 3, 0, 4, 1, 5)             # [B,h/p,p,w/p,p,C]
-        return x.flatten(3, 4).flatten(1, 2)
+        x = x.flatten(3, 4)                         # [B,h/p,p,w,C]
+        return x.flatten(1, 2)
 
 
 # ---------- the baselines
@@ -286,7 +287,7 @@ class DFM(Purrception):
 def pick(pi, uniform):
     """Draw codes [n,1] from pi [n,K]: the first whose running total exceeds uniform [n]."""
     total = pi.cumsum(1)
-    goal = uniform[:, None] * total[:, -1:]  # the last total is 1 up to rounding
+    goal = uniform.unsqueeze(1) * total[:, -1:]  # the last total is 1 up to rounding
     return torch.searchsorted(total, goal, right=True)
 
 
@@ -307,8 +308,8 @@ OBJECTIVES = {
 # ---------- beyond the paper
 
 @torch.no_grad()
-def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
-                  interval=(0, 1), start=0.0, states=None):
+def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None,
+                  order=2, interval=(0, 1), start=0.0, states=None):
     """Sample codes [B,h,w] as flow.sample does, for a method that has a mean. Beyond it:
 
     order: 2 extends the line through the last two mu, so that ten steps are enough;
@@ -392,7 +393,8 @@ def to_tokens(codes, p):
     codes = codes.unflatten(2, (-1, p))  # [B,h,w/p,p]
     codes = codes.unflatten(1, (-1, p))  # [B,h/p,p,w/p,p]
     codes = codes.transpose(2, 3)
-    return codes.flatten(3).flatten(1, 2)
+    codes = codes.flatten(3)             # [B,h/p,w/p,G]
+    return codes.flatten(1, 2)
 
 
 # ---------- the head, in chunks

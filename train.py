@@ -57,7 +57,7 @@ def open_data(path, device):
     if not note.exists():
         raise InputError(f"{path}: not a data directory, or moved; to make one: "
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
-    with InputError.explain(f"{path}: unusable; mend it, or encode the images again"):
+    with InputError.explain(f"{path}: unusable; mend it or encode the images again"):
         meta = {"reference": ""} | json.loads(note.read_text())
         for key, kind in ENTRIES.items():
             if not isinstance(meta.get(key), kind):
@@ -74,7 +74,7 @@ def open_data(path, device):
         if not (codes.shape == flipped.shape == (*labels.shape, side, side)
                 and codes.dtype == flipped.dtype == np.uint16
                 and labels.dtype.kind in "iu" and labels.max() in range(len(names))):
-            raise ValueError("codes, labels and classes in meta.json do not fit together")
+            raise ValueError("codes, labels and classes in meta.json do not fit")
         top = max(codes.max(), flipped.max())
         if top >= len(vq.codebook):  # 65535: not encoded yet
             raise ValueError(f"code {top} of {len(vq.codebook)}; repeat vq.py")
@@ -338,7 +338,7 @@ def catch_signals():
 
 
 def train(args, data, val, vq, run, stop, rank, world, device):
-    """Train, from the newest checkpoint if any, until the list `stop` fills. Return the steps."""
+    """Train, from the newest checkpoint if any, until list `stop` fills. Return steps done."""
     torch.manual_seed(args.seed)
     flow = build(args, data, vq.codebook).to(device)
     if args.geometric_head and not isinstance(flow, CFM):
