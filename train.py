@@ -43,8 +43,8 @@ from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, s
 
 # ---------- data
 
-# Codes and those of mirrored images, uint16 [N,h,w] on the disk; labels [N], -1 for unreadable
-# images; and the indices of the others.
+# Codes and mirrored codes, uint16 [N,h,w] on the disk; labels [N], -1 for unreadable images; and
+# the indices of the others.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
 
 ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)  # of meta.json
@@ -109,7 +109,7 @@ def load_rows(data, rows, mirror, device):
 
 
 def seeded(device, *key):
-    """Make a generator, on the CPU unless the device is a GPU with CUDA."""
+    """Make a generator, on the device if that has CUDA, else on the CPU."""
     [state] = np.random.SeedSequence(key).generate_state(1, np.uint64)
     device = device if "cuda" in str(device) else "cpu"
     return torch.Generator(device).manual_seed(int(state) >> 1)
@@ -380,7 +380,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
         losses = backward(ddp, codes, y, noise, args)
 
         # One message tells all processes the mean losses, and whether any was asked to stop.
-        asked = torch.tensor(float(len(stop) > 0), device=device)
+        asked = torch.tensor(float(bool(stop)), device=device)
         message = torch.stack([*losses.values(), asked]) / world
         if world > 1:
             dist.all_reduce(message)
@@ -409,7 +409,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
                 measured = held_out(ema, val, args)
                 bar.write(f"step {done}: held-out loss {measured['val']:.4f}")
         if rank == 0 and (measured or done == 1 or done % args.log_every == 0):
-            record = dict(step=done, **dict(zip(losses, means)), **measured)
+            record = {"step": done, **dict(zip(losses, means)), **measured}
             record |= dict(grad_norm=grad_norm, lr=lr, images_per_second=speed)
             log = run / "log.jsonl"
             with InputError.explain(f"{log}: cannot be written"), open(log, "a") as file:
@@ -433,10 +433,9 @@ def due(every, done, args):
 # ---------- command line
 
 def flags():
-    cats = Path(__file__).with_name("demo") / "cats"
     parser = make_parser(
         "Train on codes. The defaults are the paper's; (*) goes beyond it.",
-        ("--data", str(cats), "data directory"),
+        ("--data", str(Path(__file__).with_name("demo") / "cats"), "data directory"),
         ("--val", str, "another, to measure the loss on it with each picture"),
         ("--name", str, "folder in runs/; None: the first free number"),
         ("--resume", False, "continue --name or the newest run"),
