@@ -24,7 +24,7 @@ class Purrception(nn.Module):
     """Learn a distribution over codes along a straight path from noise, and follow its mean.
 
     model: maps z [B,d,h,w], t [B], y [B] to K logits per position. codebook: the e_k, [K,d].
-    label_dropout: share of labels that become "no class" in training, for guidance.
+    label_dropout: share of labels made "no class" in training, for guidance.
     """
 
     def __init__(self, model, codebook, z_loss=1e-5, label_dropout=0.1):
@@ -38,7 +38,7 @@ class Purrception(nn.Module):
     # ---------- training
 
     def forward(self, codes, y, noise=None):
-        """Return the loss of codes [B,h,w] with classes y [B], and a dictionary of its parts."""
+        """Return the loss of codes [B,h,w] of classes y [B], and its parts by name."""
         t, z0, drop = noise or self.noise(len(codes))
         z = self.path(z0, codes, t)
         y = y.masked_fill(drop, self.model.num_classes)
@@ -135,18 +135,17 @@ class Purrception(nn.Module):
     # ---------- the network's outputs
 
     def guided(self, z, t, y, cfg):
-        """Compute the features [BN,D] whose logits are null + cfg (cond - null).
+        """Compute the features [B,N,D] whose logits are null + cfg (cond - null).
 
         cond is with the class, null without. As the head is affine, it may run once, afterwards.
         """
         if cfg == 1:
-            return self.model.hidden(z, t, y).flatten(0, 1)
+            return self.model.hidden(z, t, y)
         no_class = torch.full_like(y, self.model.num_classes)
         z = torch.cat([z, z])
         t = torch.cat([t, t])
         y = torch.cat([y, no_class])
-        h = self.model.hidden(z, t, y).flatten(0, 1)
-        cond, null = h.chunk(2)
+        cond, null = self.model.hidden(z, t, y).chunk(2)
         return torch.lerp(null, cond, cfg)
 
     def outputs(self, z, t, y, cfg, tau=1.0):
@@ -156,6 +155,7 @@ class Purrception(nn.Module):
         """
         head = self.model.final_layer.linear
         h = self.guided(z, t, y, cfg) / tau  # cheaper than to divide the logits
+        h = h.flatten(0, 1)
         G = self.model.patch_size ** 2
         weights = head.weight.chunk(G)  # [K,D] each
         biases = (head.bias / tau).chunk(G)
@@ -169,12 +169,13 @@ class Purrception(nn.Module):
                 done = rows.stop
 
     def on_grid(self, x):
-        """Put x [GBN,C], in the order of outputs(), on the grid: [B,h,w,C]."""
+        """Put x [GBN,C], in outputs()' order, on the grid: [B,h,w,C]."""
         p = self.model.patch_size
         side = self.model.input_size // p
         x = x.unflatten(0, (p, p, -1, side, side))  # [p,p,B,h/p,w/p,C]
         x = x.permute(2, 3, 0, 4, 1, 5)             # [B,h/p,p,w/p,p,C]
-        return x.flatten(3, 4).flatten(1, 2)
+        x = x.flatten(3, 4)                         # [B,h/p,p,w,C]
+        return x.flatten(1, 2)
 
 
 # ---------- the baselines
@@ -203,7 +204,7 @@ class CFM(Purrception):
 
     def velocity(self, z, t, y, tau=None, cfg=1.0):
         """Return what the network regresses, guided: [B,d,h,w]."""
-        assert tau is None, "a regression has no posterior, hence no temperature"
+        assert tau is None, "a regression has no temperature"
         out = []
         for _, x in self.outputs(z, t, y, cfg):
             out.append(x)
@@ -268,18 +269,16 @@ class DFM(Purrception):
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)                      # [B,h,w] each
         uniform = to_tokens(which, self.model.patch_size)  # [B,N,G]
-        uniform = uniform.flatten(0, 1)
-        uniform = uniform.T.flatten()  # in the order of outputs()
+        uniform = uniform.movedim(2, 0).flatten()          # in the order of outputs()
         masked = len(self.codebook)
         z = torch.full_like(when, masked, dtype=torch.long)
         for s in range(steps):
             t = torch.full_like(y, s / steps, dtype=torch.float)
-            drawn = torch.empty_like(uniform, dtype=torch.long)
-            drawn = drawn.unsqueeze(1)
+            drawn = []
             for rows, logits in self.outputs(z, t, y, cfg, tau):
                 pi = torch.softmax(logits, 1)
-                drawn[rows] = pick(pi, uniform[rows])
-            drawn = self.on_grid(drawn).squeeze(-1)
+                drawn.append(pick(pi, uniform[rows]))
+            drawn = self.on_grid(torch.cat(drawn)).squeeze(-1)
             due = when < (s + 1) / steps
             z = torch.where(due & (z == masked), drawn, z)
         return z
@@ -288,7 +287,7 @@ class DFM(Purrception):
 def pick(pi, uniform):
     """Draw codes [n,1] from pi [n,K]: the first whose running total exceeds uniform [n]."""
     total = pi.cumsum(1)
-    goal = uniform[:, None] * total[:, -1:]  # the last total is 1 up to rounding
+    goal = uniform.unsqueeze(1) * total[:, -1:]  # the last total is 1 up to rounding
     return torch.searchsorted(total, goal, right=True)
 
 
@@ -309,9 +308,9 @@ OBJECTIVES = {
 # ---------- beyond the paper
 
 @torch.no_grad()
-def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
-                  interval=(0, 1), start=0.0, states=None):
-    """Sample codes [B,h,w] as flow.sample does, for any method that has a mean. Beyond it:
+def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None,
+                  order=2, interval=(0, 1), start=0.0, states=None):
+    """Sample codes [B,h,w] as flow.sample does, for a method that has a mean. Beyond it:
 
     order: 2 extends the line through the last two mu, so that ten steps are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
@@ -319,10 +318,10 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None, order=2,
     states: a list, to which each step adds t and z at its end, and mu at its start.
     """
     z = flow.prior(len(y)) if noise is None else noise
-
     low, high = interval
     old_t = old_mu = None
-    times = [start + (1 - start) * (s / steps) for s in range(steps + 1)]  # ends at exactly 1
+    parts = [s / steps for s in range(steps + 1)]
+    times = [start + (1 - start) * part for part in parts]  # the last is exactly 1
     for t, after in zip(times, times[1:]):
         guidance = cfg if low <= t <= high else 1.0
         time = torch.full_like(y, t, dtype=torch.float)
@@ -380,7 +379,7 @@ def nearest_code(z, E):
     rows = z.flatten(0, -2)
     e2 = E.square().sum(1)
     n = chunk_rows(len(E), z.device, cpu=2 ** 18)  # 1 MiB of distances stay in the cache
-    codes = torch.empty(len(rows), dtype=torch.long, device=z.device)
+    codes = rows.new_empty(len(rows), dtype=torch.long)
     with torch.autocast(z.device.type, enabled=False):  # float32 island
         for i in range(0, len(rows), n):
             x = rows[i:i + n]
@@ -394,7 +393,8 @@ def to_tokens(codes, p):
     codes = codes.unflatten(2, (-1, p))  # [B,h,w/p,p]
     codes = codes.unflatten(1, (-1, p))  # [B,h/p,p,w/p,p]
     codes = codes.transpose(2, 3)
-    return codes.flatten(3).flatten(1, 2)
+    codes = codes.flatten(3)             # [B,h/p,w/p,G]
+    return codes.flatten(1, 2)
 
 
 # ---------- the head, in chunks
@@ -439,7 +439,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         bias = bias.to(dtype)
         n = chunk_rows(weight.shape[1], h.device)
         space = h.new_empty(n, weight.shape[1])
-        sums = torch.zeros(2, dtype=exact, device=h.device)
+        sums = h.new_zeros(2, dtype=exact)
         if grad:
             dh = torch.zeros_like(h, dtype=exact)
             dW = torch.zeros_like(weight, dtype=exact)

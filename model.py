@@ -1,9 +1,9 @@
-"""The network: a Diffusion Transformer (DiT) that maps a noisy latent to K logits per position.
+"""The network: a Diffusion Transformer (DiT) from a noisy latent to K logits per position.
 
     x [B,d,h,w] --patches--> tokens [B,N,D]         N = (h/p)(w/p) patches of p x p positions
     cond = embed(t) + embed(y)                      the condition: time and class
     x <- x + gate * attention(modulate(norm(x)))    adaLN-Zero block, repeated `depth` times;
-    x <- x + gate * mlp(modulate(norm(x)))          shift, scale, gate are linear in silu(cond)
+    x <- x + gate * mlp(modulate(norm(x)))          shift, scale, gate: linear in silu(cond)
     logits = linear(modulate(norm(x)))              p*p*K numbers per token, K per position
 
 Key names and layouts are facebookresearch/DiT's (arXiv 2212.09748), whose weights load.
@@ -42,13 +42,11 @@ def sincos_2d(width, side):
     """Encode the columns, then the rows of a grid by sines and cosines: [1,side*side,width]."""
     i = torch.arange(width // 4, dtype=torch.float64)
     omega = 10000 ** -(i / (width / 4))
-    axis = torch.arange(side, dtype=torch.float64)
-    row, column = torch.meshgrid(axis, axis, indexing="ij")
-    parts = []
-    for place in (column, row):
-        angles = place.reshape(-1, 1) * omega
-        parts += [angles.sin(), angles.cos()]
-    return torch.cat(parts, 1).float().unsqueeze(0)
+    angles = torch.arange(side).unsqueeze(1) * omega
+    waves = torch.cat([angles.sin(), angles.cos()], 1)  # [side,width/2]
+    columns = waves.repeat(side, 1)
+    rows = waves.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], 1).float().unsqueeze(0)
 
 
 class TimestepEmbedder(nn.Module):
@@ -107,7 +105,7 @@ class Block(nn.Module):
             fc2=nn.Linear(hidden, width))
         self.adaLN_modulation = adaln(width, 6)
 
-    def forward(self, x, cond):                                       # x [B,N,D], cond [B,D]
+    def forward(self, x, cond):  # x [B,N,D], cond [B,D]
         parts = self.adaLN_modulation(cond).unsqueeze(1).chunk(6, 2)  # [B,1,D] each
         shift1, scale1, gate1, shift2, scale2, gate2 = parts
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
@@ -130,7 +128,7 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Map a noisy latent, a time and a class to logits. By default DiT-XL/2 on vq-f8's codes."""
+    """Map a noisy latent, a time and a class to logits. Defaults: DiT-XL/2 on vq-f8's codes."""
 
     def __init__(
         self,
@@ -149,7 +147,7 @@ class DiT(nn.Module):
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.recompute = False  # for the backward pass, what a block computed: less memory
+        self.recompute = False  # blocks in the backward pass, for less memory
         patches = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = chain(proj=patches, flatten=nn.Flatten(2))  # [B,D,N]
         self.t_embedder = TimestepEmbedder(hidden_size)
@@ -172,9 +170,9 @@ class DiT(nn.Module):
         mlp = self.t_embedder.mlp
         for layer in (self.y_embedder.embedding_table, mlp[0], mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)
-        zeroed = [block.adaLN_modulation[1] for block in self.blocks]
-        zeroed += [self.final_layer.adaLN_modulation[1], self.final_layer.linear]
-        for layer in zeroed:
+        modulated = [*self.blocks, self.final_layer]
+        zeroed = [module.adaLN_modulation[1] for module in modulated]
+        for layer in (*zeroed, self.final_layer.linear):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
@@ -183,7 +181,7 @@ class DiT(nn.Module):
 
         x [B,d,h,w] float; t [B] in [0,1); y [B] int64 in 0..num_classes.
         """
-        # pos_embed comes first: a sum takes the layout of its first operand, here contiguous.
+        # pos_embed first: a sum takes the layout of its first operand, here contiguous.
         x = self.pos_embed + self.x_embedder(x).mT      # [B,N,D]
         cond = self.t_embedder(t) + self.y_embedder(y)  # [B,D]
         for block in self.blocks:
@@ -197,7 +195,7 @@ class DiT(nn.Module):
         """Compute the logits, contiguous [B,h,w,K], of x [B,d,h,w]."""
         p = self.patch_size
         side = self.input_size // p
-        logits = self.final_layer.linear(self.hidden(x, t, y))  # [B,N,p*p*K]
-        logits = logits.unflatten(2, (p, p, -1))
-        logits = logits.unflatten(1, (side, side))                 # [B,h/p,w/p,p,p,K]
-        return logits.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [B,h,w,K]
+        x = self.final_layer.linear(self.hidden(x, t, y))  # [B,N,p*p*K]
+        x = x.unflatten(2, (p, p, -1))
+        x = x.unflatten(1, (side, side))                   # [B,h/p,w/p,p,p,K]
+        return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)

@@ -7,7 +7,6 @@
 Image i depends on checkpoint, flags and (seed, i) alone, in bf16 or on a GPU up to rounding. So any
 number of processes makes the same images, and the same command resumes. OUT.json records the flags.
 """
-import math
 import shlex
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flow import sample_beyond
-from train import bf16_is_fast, compile_blocks, load_run, seeded
+from train import autocast, bf16_is_fast, compile_blocks, load_run, seeded
 from vq import InputError, claim_folder, make_parser, save_image, setup_process, wait_for
 
 TAU = {"purrception": 0.9, "dfm": 1.0}  # defaults; regressions have no temperature
@@ -51,10 +50,10 @@ def draw(run, args, indices):
     """Sample images, uint8 [n,H,W,3]."""
     device = run.flow.codebook.device
     noise = draw_noise(run.flow, indices, args.seed)
-    classes = [args.classes[i % len(args.classes)] for i in indices]
-    y = torch.tensor(classes, device=device)
-    settings = (y, args.steps, args.tau, args.cfg_scale, noise)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+    y = [args.classes[i % len(args.classes)] for i in indices]
+    y = torch.tensor(y, device=device)
+    settings = y, args.steps, args.tau, args.cfg_scale, noise
+    with autocast(device, args):
         if beyond(args):
             codes = sample_beyond(run.flow, *settings, **beyond(args))
         else:
@@ -63,7 +62,7 @@ def draw(run, args, indices):
 
 
 def fill_folder(run, args, paths, rank, world, check):
-    """Make this process's share of the missing images while check() does not object."""
+    """Make this process's share of the missing images until check() objects."""
     todo = [i for i in range(rank, args.num_samples, world) if not paths[i].exists()]
     n = args.per_proc_batch_size
     saving = []
@@ -87,7 +86,7 @@ def parse(argv):
         ("--cfg-scale", 1.0, "guidance scale; 1: off"),
         ("--steps", 100, "steps, one network call each"),
         ("--seed", 0, "seed of the noise"),
-        ("--out", Path, "folder for PNG files; None: samples/, made anew if need be"),
+        ("--out", Path, "folder of PNG files; None: samples/, remade if need be"),
         ("--per-proc-batch-size", 64, "images at a time"),
         ("--compile", False, "torch.compile the blocks"),
         ("--bf16", bool, "bf16 autocast; None: on GPUs"))
@@ -103,13 +102,13 @@ def parse(argv):
     wrong = {
         "--steps, --num-samples, --per-proc-batch-size, --seed: too small": min(counts) < 1,
         "--tau: give a positive number": args.tau is not None and not args.tau > 0,
-        "--cfg-scale: give a finite number": not math.isfinite(args.cfg_scale),
+        "--cfg-scale: give a finite number": not np.isfinite(args.cfg_scale),
         "--cfg-interval: give LO below HI": not low <= high,
         "--cfg-interval: needs --cfg-scale": [low, high] != [0, 1] and args.cfg_scale == 1,
         "--out: give a folder's name": args.out and args.out.name in ("", "..")
     }
-    for message in wrong:
-        if wrong[message]:
+    for message, found in wrong.items():
+        if found:
             parser.error(message)
     return args
 
@@ -138,7 +137,7 @@ def describe(run, args):
         data=str(run.data.path),
         reference=str(reference) if reference.is_file() else None)
     names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
-    return record | {name: getattr(args, name) for name in names} | beyond(args)
+    return record | {name: vars(args)[name] for name in names} | beyond(args)
 
 
 @torch.inference_mode()
@@ -162,10 +161,11 @@ def main(argv=None):
     record = describe(run, args)
     remake = args.out is None
     args.out = args.out or Path("samples")
+    sheet = Path(f"{args.out}.png")
     check = claim_folder(args.out, Path(f"{args.out}.json"), record, rank, remake)
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     if rank == 0:
-        Path(f"{args.out}.png").unlink(missing_ok=True)  # it may be of other images
+        sheet.unlink(missing_ok=True)  # it may be of other images
         for path in {*args.out.glob("[0-9]*.png")} - {*paths}:  # fid.py would count them
             if not remake:
                 raise InputError(f"--out {args.out}: holds more images; give another")
@@ -175,8 +175,8 @@ def main(argv=None):
         wait_for(lambda: all(path.exists() for path in paths))
         shown = np.stack([Image.open(path) for path in paths[:100]])
         columns = len(args.classes) if 1 < len(args.classes) < 10 else 10
-        save_image(f"{args.out}.png", shown, columns)
-        print(f"{len(paths)} images in {args.out}/, a sheet in {args.out}.png")
+        save_image(sheet, shown, columns)
+        print(f"{len(paths)} images in {args.out}/, a sheet in {sheet}")
         if record["reference"]:
             print(f"next: python fid.py {shlex.quote(str(args.out))}/")
 

@@ -22,7 +22,6 @@ import math
 import os
 import shlex
 import signal
-import sys
 import time
 from collections import namedtuple
 from datetime import timedelta
@@ -44,23 +43,22 @@ from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, s
 
 # ---------- data
 
-# Codes and those of mirrored images, uint16 [N,h,w] on the disk; labels [N], -1 for unreadable
-# images; and the indices of the others.
+# Codes and mirrored codes, uint16 [N,h,w] on the disk; labels [N], -1 for unreadable images; and
+# the indices of the others.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
 
-
-# What meta.json holds.
-ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)
+ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)  # of meta.json
 
 
 def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
     path = Path(os.path.realpath(path))
-    if not (path / "meta.json").exists():
+    note = path / "meta.json"
+    if not note.exists():
         raise InputError(f"{path}: not a data directory, or moved; to make one: "
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
-    with InputError.explain(f"{path}: unusable; mend it, or encode the images again"):
-        meta = {"reference": ""} | json.loads((path / "meta.json").read_text())
+    with InputError.explain(f"{path}: unusable; mend it or encode the images again"):
+        meta = {"reference": ""} | json.loads(note.read_text())
         for key, kind in ENTRIES.items():
             if not isinstance(meta.get(key), kind):
                 raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
@@ -76,7 +74,7 @@ def open_data(path, device):
         if not (codes.shape == flipped.shape == (*labels.shape, side, side)
                 and codes.dtype == flipped.dtype == np.uint16
                 and labels.dtype.kind in "iu" and labels.max() in range(len(names))):
-            raise ValueError("codes, labels and classes in meta.json do not fit together")
+            raise ValueError("codes, labels and classes in meta.json do not fit")
         top = max(codes.max(), flipped.max())
         if top >= len(vq.codebook):  # 65535: not encoded yet
             raise ValueError(f"code {top} of {len(vq.codebook)}; repeat vq.py")
@@ -106,13 +104,12 @@ def load_rows(data, rows, mirror, device):
     """Load codes [b,h,w], mirrored where asked, and labels [b] of data's rows."""
     mirror = np.reshape(mirror, (-1, 1, 1))
     codes = np.where(mirror, data.flipped[rows], data.codes[rows])
-    codes = torch.from_numpy(codes.astype(np.int64))
-    y = torch.from_numpy(data.labels[rows].astype(np.int64))
-    return codes.to(device), y.to(device)
+    labels = data.labels[rows]
+    return [torch.from_numpy(x.astype(np.int64)).to(device) for x in (codes, labels)]
 
 
 def seeded(device, *key):
-    """Make a generator, on the CPU unless the device is a GPU with CUDA."""
+    """Make a generator, on the device if that has CUDA, else on the CPU."""
     [state] = np.random.SeedSequence(key).generate_state(1, np.uint64)
     device = device if "cuda" in str(device) else "cpu"
     return torch.Generator(device).manual_seed(int(state) >> 1)
@@ -121,7 +118,7 @@ def seeded(device, *key):
 # ---------- networks
 
 def build(args, data, codebook):
-    """Build the method and its network from args, for Data and its codebook [K,d]."""
+    """Build the method and its network, for Data and its codebook [K,d]."""
     K, d = codebook.shape
     size = SIZES[args.model]
     if data.codes.shape[1] % size["patch_size"]:
@@ -143,6 +140,10 @@ def bf16_is_fast(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def autocast(device, args):
+    return torch.autocast(device.type, torch.bfloat16, enabled=args.bf16)
 
 
 def compile_blocks(model):
@@ -175,11 +176,11 @@ def update_ema(ema, model, decay):
 # ---------- runs and checkpoints
 
 def newest(folder, *patterns):
-    """Return the newest file whose name fits a pattern, in a folder or, with **/, below it."""
+    """Return the newest file that fits a pattern, in a folder or, with **/, below it."""
     files = []
     for pattern in patterns:
-        files += glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
-    files = list(filter(os.path.exists, files))
+        found = glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
+        files += filter(os.path.exists, found)  # not broken links
     if not files:
         raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
     return Path(max(files, key=os.path.getmtime))
@@ -198,7 +199,7 @@ def new_run(name=None):
 
 
 def bind(args, data, run):
-    """Note the data's classes and tokenizer in args, or refuse others than noted."""
+    """Note the data's classes and tokenizer in args, or refuse others."""
     ours = {name: data.meta[name] for name in ("classes", "tokenizer_sha256")}
     theirs = {name: vars(args).setdefault(name, x) for name, x in ours.items()}
     InputError.compare(f"{data.path}: not the data of {run}, give its own", theirs, ours)
@@ -267,7 +268,7 @@ def save_samples(path, flow, vq, args):
     columns = min(10, flow.model.num_classes)
     y = torch.arange(columns, device=device).repeat(3)
     noise = flow.prior(len(y), seeded(device, args.seed)).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+    with autocast(device, args):
         codes = flow.sample(y, steps=50, noise=noise)
     save_image(path, vq.decode_pixels(codes), columns)
 
@@ -286,7 +287,7 @@ def held_out(flow, val, args):
     for t in np.arange(1, 16, 2) / 16:
         times = torch.full_like(y, t, dtype=torch.float)
         z = flow.path(z0, codes, times)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
+        with autocast(device, args):
             _, parts = flow.loss(z, times, y, codes)
         loss, *_ = parts.values()  # without the z-loss
         by_t.append(loss.item())
@@ -302,7 +303,7 @@ def backward(ddp, codes, y, noise, args):
     for i in range(0, len(codes), b):
         micro = slice(i, i + b)
         ddp.require_backward_grad_sync = i + b == len(codes)  # exchange gradients once a step
-        with torch.autocast(codes.device.type, torch.bfloat16, enabled=args.bf16):
+        with autocast(codes.device, args):
             loss, parts = ddp(codes[micro], y[micro], [x[micro] for x in noise])
         (loss / args.accumulate).backward()
         for name, x in {"loss": loss, **parts}.items():
@@ -311,7 +312,7 @@ def backward(ddp, codes, y, noise, args):
 
 
 def describe(args, data, flow, world):
-    """Print what is about to be trained, and what of it goes beyond the paper."""
+    """Print what is trained, and what of it goes beyond the paper."""
     N, side, _ = data.codes.shape
     flips = "not " if data.flipped is data.codes else ""
     size = sum(p.numel() for p in flow.model.parameters()) / 1e6
@@ -337,22 +338,20 @@ def catch_signals():
 
 
 def train(args, data, val, vq, run, stop, rank, world, device):
-    """Train from the run's newest checkpoint, if any, until the list `stop` is not empty.
-
-    Return the steps done.
-    """
+    """Train, from the newest checkpoint if any, until list `stop` fills. Return steps done."""
     torch.manual_seed(args.seed)
     flow = build(args, data, vq.codebook).to(device)
     if args.geometric_head and not isinstance(flow, CFM):
         geometric_head(flow)
     ema = copy.deepcopy(flow).requires_grad_(False)
     opt = make_optimizer(flow, args.lr)
-    params = opt.param_groups[0]["params"]
     start = 0
     ckpt = "none"
     if run and any(run.glob("ckpt*.pt")):
         ckpt = newest(run, "ckpt*.pt")
         _, start = load_checkpoint(ckpt, model=flow.model, ema=ema.model, opt=opt)
+    [group] = opt.param_groups
+    params = group["params"]
     if world > 1:
         agree(vars(args) | dict(checkpoint=str(ckpt), step=start, started=""))
     if rank == 0:
@@ -381,7 +380,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
         losses = backward(ddp, codes, y, noise, args)
 
         # One message tells all processes the mean losses, and whether any was asked to stop.
-        asked = torch.tensor(float(len(stop) > 0), device=device)
+        asked = torch.tensor(float(bool(stop)), device=device)
         message = torch.stack([*losses.values(), asked]) / world
         if world > 1:
             dist.all_reduce(message)
@@ -394,8 +393,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
             raise InputError(f"step {step + 1}: loss {means[0]}; --resume with a smaller --lr")
 
         lr = learning_rate(args, step)
-        for group in opt.param_groups:  # the flags override the checkpoint
-            group.update(lr=lr, weight_decay=args.weight_decay)
+        group.update(lr=lr, weight_decay=args.weight_decay)  # not the checkpoint's
         opt.step()
         opt.zero_grad()
         ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
@@ -411,7 +409,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
                 measured = held_out(ema, val, args)
                 bar.write(f"step {done}: held-out loss {measured['val']:.4f}")
         if rank == 0 and (measured or done == 1 or done % args.log_every == 0):
-            record = dict(step=done, **dict(zip(losses, means)), **measured)
+            record = {"step": done, **dict(zip(losses, means)), **measured}
             record |= dict(grad_norm=grad_norm, lr=lr, images_per_second=speed)
             log = run / "log.jsonl"
             with InputError.explain(f"{log}: cannot be written"), open(log, "a") as file:
@@ -435,11 +433,10 @@ def due(every, done, args):
 # ---------- command line
 
 def flags():
-    cats = Path(__file__).with_name("demo") / "cats"
     parser = make_parser(
         "Train on codes. The defaults are the paper's; (*) goes beyond it.",
-        ("--data", str(cats), "data directory"),
-        ("--val", str, "another, on which to measure the loss when pictures are made"),
+        ("--data", str(Path(__file__).with_name("demo") / "cats"), "data directory"),
+        ("--val", str, "another, to measure the loss on it with each picture"),
         ("--name", str, "folder in runs/; None: the first free number"),
         ("--resume", False, "continue --name or the newest run"),
         ("--steps", 3_500_000, "training steps"),
@@ -474,9 +471,9 @@ def flags():
 def parse(argv=None):
     """Return the flags, and the folder of a run to resume, or None."""
     parser = flags()
-    words = sys.argv[1:] if argv is None else list(argv)
-    first, _ = parser.parse_known_args(words)
+    first, _ = parser.parse_known_args(argv)
     run = None
+    words = []
     recipe = Path(first.data, "recipe.txt")
     parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
     if first.resume:
@@ -486,10 +483,9 @@ def parse(argv=None):
         run = last.parent
     elif os.path.exists(recipe):
         with InputError.explain(f"{recipe}: unreadable; mend or remove it"):
-            more = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
-        parser.set_defaults(recipe=" ".join(more))
-        words = more + words
-    args = parser.parse_args(words)
+            words = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
+        parser.set_defaults(recipe=" ".join(words))
+    args = parser.parse_args(argv, parser.parse_args(words))  # argv overrides the recipe
     counts = args.steps, args.global_batch_size, args.accumulate, args.log_every, args.seed + 1
     if min(counts) < 1:
         parser.error("--steps, --global-batch-size, --accumulate, --log-every, --seed: too small")
@@ -515,10 +511,9 @@ def main(argv=None):
         gpu = device if device.type == "cuda" else None
         pause = timedelta(minutes=15)  # process 0 may be saving or sampling
         dist.init_process_group("nccl" if gpu else "gloo", device_id=gpu, timeout=pause)
-    name = args.name
-    del args.name, args.resume, args.device  # the others are the run's
     if rank == 0:
-        run = run or new_run(name)
+        run = run or new_run(args.name)
+    del args.name, args.resume, args.device  # the others are the run's
     try:
         with catch_signals() as stop:
             done = train(args, data, val, vq, run, stop, rank, world, device)
