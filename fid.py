@@ -37,7 +37,7 @@ BATCH = 32
 Statistics = namedtuple("Statistics", "mu sigma count others weights", defaults=(None, None))
 
 
-# ---------- the network
+# ----- the network
 
 class Conv(nn.Module):
     def __init__(self, c_in, c_out, kernel, stride=1, padding="same"):
@@ -195,7 +195,7 @@ class CatFeatures(nn.Sequential):
         return super().forward(x)
 
 
-# ---------- Inception's weights
+# ----- Inception's weights
 
 def our_name(key):
     """Rename a published key: there, steps of a branch count from 1, and pools do not count."""
@@ -218,7 +218,7 @@ def load_inception(path=None):
     return net.freeze()
 
 
-# ---------- the distance
+# ----- the distance
 
 def statistics(features):
     """Compute mean [D] and covariance [D,D] of features [N,D], in float64."""
@@ -247,7 +247,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(distance), 0.0)  # equal sets may give -1e-12
 
 
-# ---------- sets of images
+# ----- sets of images
 
 @functools.cache
 def inception(path, device):

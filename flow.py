@@ -178,7 +178,7 @@ class Purrception(nn.Module):
         return x.flatten(1, 2)
 
 
-# ---------- the baselines
+# ----- the baselines
 
 class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
@@ -305,15 +305,16 @@ OBJECTIVES = {
 }
 
 
-# ---------- beyond the paper
+# ----- beyond the paper
 
 @torch.no_grad()
 def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None,
-                  order=2, interval=(0, 1), start=0.0, states=None):
+                  order=2, interval=(0, 1), tau_end=None, start=0.0, states=None):
     """Sample codes [B,h,w] as flow.sample does, for a method that has a mean. Beyond it:
 
     order: 2 extends the line through the last two mu, so that ten steps are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
+    tau_end: the temperature at t = 1, linear in t from tau at t = 0;
     start: a time; noise is then a point z_t of the path there, such as a noisy picture;
     states: a list, to which each step adds t and z at its end, and mu at its start.
     """
@@ -324,8 +325,11 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None,
     times = [start + (1 - start) * part for part in parts]  # the last is exactly 1
     for t, after in zip(times, times[1:]):
         guidance = cfg if low <= t <= high else 1.0
+        heat = tau
+        if tau_end is not None:
+            heat = tau + (tau_end - tau) * t
         time = torch.full_like(y, t, dtype=torch.float)
-        mu = flow.mean(z, time, y, tau, guidance)
+        mu = flow.mean(z, time, y, heat, guidance)
         v = (mu - z) / (1 - t)
         if order == 2 and t > start:
             slope = (mu - old_mu) / (t - old_t)
@@ -372,7 +376,7 @@ def geometric_head(flow):
         W.copy_(phi @ A / D ** 0.5)
 
 
-# ---------- codes
+# ----- codes
 
 def nearest_code(z, E):
     """Find argmin_k |z - e_k| for z [...,d] among the rows of E [K,d]: int64 [...]."""
@@ -397,7 +401,7 @@ def to_tokens(codes, p):
     return codes.flatten(1, 2)
 
 
-# ---------- the head, in chunks
+# ----- the head, in chunks
 
 def chunk_rows(K, device, cpu=2 ** 22):
     """Return how many rows of K numbers to hold at a time: 256 MiB on a GPU, else 16 MiB.

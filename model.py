@@ -147,7 +147,7 @@ class DiT(nn.Module):
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
-        self.recompute = False  # blocks in the backward pass, for less memory
+        self.recompute = False  # True: compute blocks again in the backward pass
         patches = nn.Conv2d(in_channels, hidden_size, patch_size, stride=patch_size)
         self.x_embedder = chain(proj=patches, flatten=nn.Flatten(2))  # [B,D,N]
         self.t_embedder = TimestepEmbedder(hidden_size)

@@ -42,8 +42,8 @@ def draw_noise(flow, indices, seed):
 
 def beyond(args):
     """Return the settings that go beyond the paper, or {}."""
-    settings = dict(order=args.order, interval=args.cfg_interval)
-    return {} if settings == dict(order=1, interval=[0, 1]) else settings
+    settings = dict(order=args.order, interval=args.cfg_interval, tau_end=args.tau_end)
+    return {} if settings == dict(order=1, interval=[0, 1], tau_end=None) else settings
 
 
 def draw(run, args, indices):
@@ -83,6 +83,7 @@ def parse(argv):
         ("--data", str, "data directory, if it has moved"),
         ("--num-samples", 256, "images to make"),
         ("--tau", float, "temperature; None: 0.9 (dfm: 1)"),
+        ("--tau-end", float, "temperature at t = 1, linear in t from --tau; None: constant (*)"),
         ("--cfg-scale", 1.0, "guidance scale; 1: off"),
         ("--steps", 100, "steps, one network call each"),
         ("--seed", 0, "seed of the noise"),
@@ -101,7 +102,8 @@ def parse(argv):
     low, high = args.cfg_interval
     wrong = {
         "--steps, --num-samples, --per-proc-batch-size, --seed: too small": min(counts) < 1,
-        "--tau: give a positive number": args.tau is not None and not args.tau > 0,
+        "--tau, --tau-end: give positive numbers":
+            not all(tau is None or tau > 0 for tau in (args.tau, args.tau_end)),
         "--cfg-scale: give a finite number": not np.isfinite(args.cfg_scale),
         "--cfg-interval: give LO below HI": not low <= high,
         "--cfg-interval: needs --cfg-scale": [low, high] != [0, 1] and args.cfg_scale == 1,
@@ -117,9 +119,9 @@ def check_flags(args, run):
     """Refuse flags without meaning for the checkpoint."""
     wrong = ""
     if run.args.objective == "dfm" and beyond(args):
-        wrong = "--order, --cfg-interval: DFM has no mean"
-    if run.args.objective not in TAU and args.tau:
-        wrong = "--tau: a regression has no posterior"
+        wrong = "--order, --cfg-interval, --tau-end: DFM has no mean"
+    if run.args.objective not in TAU and (args.tau or args.tau_end):
+        wrong = "--tau, --tau-end: a regression has no posterior"
     if run.args.label_dropout == 0 and args.cfg_scale != 1:
         wrong = "--cfg-scale: trained with --label-dropout 0"
     if wrong:

@@ -41,7 +41,7 @@ from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, s
                 write_json, write_whole)
 
 
-# ---------- data
+# ----- data
 
 # Codes and mirrored codes, uint16 [N,h,w] on the disk; labels [N], -1 for unreadable images; and
 # the indices of the others.
@@ -115,7 +115,7 @@ def seeded(device, *key):
     return torch.Generator(device).manual_seed(int(state) >> 1)
 
 
-# ---------- networks
+# ----- networks
 
 def build(args, data, codebook):
     """Build the method and its network, for Data and its codebook [K,d]."""
@@ -173,7 +173,7 @@ def update_ema(ema, model, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
 
 
-# ---------- runs and checkpoints
+# ----- runs and checkpoints
 
 def newest(folder, *patterns):
     """Return the newest file that fits a pattern, in a folder or, with **/, below it."""
@@ -294,7 +294,7 @@ def held_out(flow, val, args):
     return {"val": sum(by_t) / 8, "val_by_t": by_t}
 
 
-# ---------- the loop
+# ----- the loop
 
 def backward(ddp, codes, y, noise, args):
     """Compute gradients, averaged over processes. Return this process's mean losses."""
@@ -430,7 +430,7 @@ def due(every, done, args):
     return every > 0 and (done % every == 0 or done == args.steps)
 
 
-# ---------- command line
+# ----- command line
 
 def flags():
     parser = make_parser(

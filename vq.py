@@ -39,7 +39,7 @@ from flow import nearest_code
 from model import chain
 
 
-# ---------- the network
+# ----- the network
 
 def conv3(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
@@ -186,7 +186,7 @@ class VQ(nn.Module):
             return torch.cat([to_pixels(self.decode(batch)).cpu() for batch in batches])
 
 
-# ---------- weights
+# ----- weights
 
 TRAINERS = re.compile(r"(pytorch_lightning|lightning)\..+|argparse\.Namespace|_codecs\.encode|"
                       r"numpy\.(dtype|_?core\.multiarray\.scalar)")
@@ -277,7 +277,7 @@ def load_vq(path, device="cpu"):
     return vq.eval().requires_grad_(False).to(device)
 
 
-# ---------- encoding a data set
+# ----- encoding a data set
 
 # A row of codes.npy is EMPTY until it is encoded. Each process fills its own block of rows, so
 # machines share no page of a file. The same command resumes.
@@ -338,9 +338,9 @@ def encode_folder(args, vq, rank, world, device):
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
-        others = sum(path.suffix.lower() in UNREAD for path in args.images.rglob("*"))
+        others = sum(path.suffix.lower() in OTHERS for path in args.images.rglob("*"))
         if others:
-            print(f"{others} HEIC, TIFF, AVIF or GIF files left out; convert to PNG")
+            print(f"{others} HEIC, TIFF or AVIF files left out; convert to PNG")
     claim_folder(args.out, args.out / "meta.json", describe(args, vq, paths, classes), rank)
     *maps, labels = open_arrays(args, labels, args.size // vq.factor, rank)
 
@@ -422,11 +422,11 @@ def main():
         reconstruct(args, vq, device)
 
 
-# ---------- pictures
+# ----- pictures
 
 SUFFIXES = ".png", ".jpg", ".jpeg", ".webp", ".bmp"
 FORMATS = "PNG", "JPEG", "WEBP", "BMP"  # for some others, Pillow runs programs
-UNREAD = ".heic", ".heif", ".tif", ".tiff", ".avif", ".gif"
+OTHERS = ".heic", ".heif", ".tif", ".tiff", ".avif"
 
 
 def from_pixels(pixels):
@@ -510,7 +510,7 @@ def save_image(path, pixels, columns=None):
         Image.fromarray(pixels).save(file, "PNG")
 
 
-# ---------- files and processes
+# ----- files and processes
 
 class InputError(SystemExit):
     """Exit with code 1 and one line that names a file or flag."""

@@ -22,7 +22,7 @@ from torch import nn
 
 from vq import load_vq, save_image
 
-# ---------- the data: ten thousand cats as codes
+# ----- the data: ten thousand cats as codes
 
 cats = Path(__file__).with_name("cats")
 vq = load_vq(cats / "tokenizer.pt")
@@ -35,7 +35,7 @@ labels = torch.from_numpy(np.load(cats / "labels.npy")).long()     # [10000], th
 labels = labels.unsqueeze(1)                                       # [10000,1], one for all tokens
 
 
-# ---------- the network: a plain transformer
+# ----- the network: a plain transformer
 
 class Network(nn.Module):
     """Map noisy vectors z [B,N,d], times t [B,1,1] and classes y [B,1] to logits [B,N,K]."""
@@ -60,7 +60,7 @@ class Network(nn.Module):
         return self.head(self.body(x))                               # [B,N,K]
 
 
-# ---------- the loss
+# ----- the loss
 
 def loss(network, c, y, t, z0):
     """Compute Eq. 14 and the z-loss (Sec. 3.3) for codes c [B,N] of classes y [B,1]."""
@@ -74,7 +74,7 @@ def loss(network, c, y, t, z0):
     return (ce + 1e-5 * L ** 2).mean()                     # the z-loss keeps the logits small
 
 
-# ---------- the sampler
+# ----- the sampler
 
 @torch.no_grad()
 def sample(network, y, z0, T=50, tau=0.9):
@@ -90,7 +90,7 @@ def sample(network, y, z0, T=50, tau=0.9):
     return torch.cdist(z, E).argmin(2)               # the nearest code
 
 
-# ---------- train, then draw
+# ----- train, then draw
 
 def main(steps=2000, B=16, lr=3e-3):
     torch.manual_seed(0)

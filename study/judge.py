@@ -48,7 +48,7 @@ WEIGHTS = Path(__file__).with_name("judge.pt")
 NEIGHBOURS = 3                                      # k of precision and recall
 
 
-# ---------- the network
+# ----- the network
 
 class Judge(nn.Module):
     """Read 64x64 pictures: 64 features, and from these the coat and the numbers."""
@@ -88,7 +88,7 @@ def look(judge, pixels):
     return features.cpu().numpy(), logits.cpu().numpy(), numbers.cpu().numpy()
 
 
-# ---------- training
+# ----- training
 
 def reconstruct(vq, pixels, device):
     """Encode and decode pictures uint8 [N,H,W,3]; return the like."""
@@ -154,7 +154,7 @@ def save_judge(judge, vq):
                     **weights)
 
 
-# ---------- the figures
+# ----- the figures
 
 def variance(numbers, coats):
     """Return the variance [M] of numbers [N,M] within a coat, as coats differ in mean colours."""
@@ -214,7 +214,7 @@ def yardstick(judge, vq, coats, device, first=500):
     return look(judge, reconstruct(vq, np.stack(drawn), device))
 
 
-# ---------- the two commands
+# ----- the two commands
 
 def read_folder(folder):
     """Read pictures uint8 [N,64,64,3] that sample.py has made, and the coats [N] asked for."""

@@ -49,7 +49,7 @@ class Sampler(NamedTuple):
     interval: tuple = ALWAYS
 
 
-# ---------- what study.py needs, too
+# ----- what study.py needs, too
 
 def load_pyplot():
     try:
@@ -97,7 +97,7 @@ def draw_codes(flow, count, seed, **settings):
     return torch.cat(codes), classes.numpy()
 
 
-# ---------- samplers
+# ----- samplers
 
 class Samplers:
     """A checkpoint, what real cats look like, and the table of what was measured."""

@@ -60,7 +60,7 @@ RACES = (                                       # which arm reaches whose end, a
 )
 
 
-# ---------- training
+# ----- training
 
 def train_run(task):
     """Train a run, or go on with it, as train.py does; then drop the optimizer's state."""
@@ -82,7 +82,7 @@ def train_run(task):
     (run.folder / "ckpt.pt").unlink()
 
 
-# ---------- the study
+# ----- the study
 
 def start_worker():
     """Compute with one thread, and end with the study, even if that is killed."""
@@ -165,7 +165,7 @@ class Study:
         return judge.figures(others, coats, real)["distance"]
 
 
-# ---------- arithmetic and drawing
+# ----- arithmetic and drawing
 
 def shown(values, digits=2):
     """Write the mean of values and their range."""
@@ -227,7 +227,7 @@ def log_scale(axes):
     axes.minorticks_off()
 
 
-# ---------- the questions
+# ----- the questions
 
 def tune(study):
     """Find each arm's best learning rate: of the two best at seed 0, the better over all seeds.

@@ -27,7 +27,7 @@ def test_the_networks_of_all_objectives_differ_at_their_ends_only():
     assert all(shapes == inner[0] for shapes in inner)
 
 
-# ---------- CFM and Endpoint
+# ----- CFM and Endpoint
 
 @REGRESSIONS
 @pytest.mark.parametrize("cfg", [1.0, 1.7])
@@ -94,7 +94,7 @@ def test_a_regression_has_no_posterior_and_takes_no_tau(name):
         f.sample(y, tau=0.9)
 
 
-# ---------- DFM
+# ----- DFM
 
 def test_the_masked_share_at_time_t_is_one_minus_t():
     f = method("dfm")

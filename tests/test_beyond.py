@@ -83,6 +83,23 @@ def test_outside_the_interval_a_call_has_no_null_class(interval, guided):
         assert codes.equal(sample_beyond(f, y, 10, noise=z))
 
 
+@pytest.mark.parametrize("order, start", [(1, 0.0), (2, 0.2)])
+def test_the_temperature_goes_linearly_in_t_from_tau_to_tau_end(order, start):
+    f = method()
+    z, _, y, _ = point(f)
+    used = []
+    f.mean = lambda z, t, y, tau, cfg: used.append((t[0].item(), tau)) or type(f).mean(
+        f, z, t, y, tau, cfg)
+    constant = sample_beyond(f, y, 5, 0.9, noise=z, order=order, start=start)
+    assert {tau for _, tau in used} == {0.9}
+    del used[:]
+    falling = sample_beyond(f, y, 5, 0.9, noise=z, order=order, start=start, tau_end=0.4)
+    assert [tau for _, tau in used] == pytest.approx([0.9 - 0.5 * t for t, _ in used])
+    assert used[0][0] == pytest.approx(start) and not falling.equal(constant)
+    again = sample_beyond(f, y, 5, 0.9, noise=z, order=order, start=start, tau_end=0.9)
+    assert again.equal(constant)
+
+
 @pytest.mark.parametrize("order", [1, 2])
 def test_known_codes_stay_and_are_on_their_path_at_all_times(order):
     f = method()

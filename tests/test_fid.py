@@ -13,7 +13,7 @@ from PIL import Image
 import fid
 import vq
 
-# ---------- the distance
+# ----- the distance
 
 X, Y = np.random.default_rng(0).normal(size=(2, 128, 32)) * np.linspace(0.1, 3, 32)
 A, B = X.T @ X / 128, Y.T @ Y / 128
@@ -64,7 +64,7 @@ def test_statistics_are_those_of_numpy_in_float64_and_leave_the_features_alone()
     assert np.array_equal(x, before) and fid.statistics(np.float32(x))[1].dtype == np.float64
 
 
-# ---------- the network
+# ----- the network
 
 # The published file: convolutions in the order in which they run, each with a batch norm, and fc.
 CONVS = ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3"]
@@ -167,7 +167,7 @@ def test_loading_and_freezing_change_no_feature(network, tmp_path):
         frozen(x.float() / 255)
 
 
-# ---------- its weights
+# ----- its weights
 
 def test_weights_come_from_the_hub_cache_or_a_download_or_are_refused_in_a_sentence(
         network, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_weights_come_from_the_hub_cache_or_a_download_or_are_refused_in_a_sente
         refused(key, tmp_path / "torchvision.pth")
 
 
-# ---------- the command
+# ----- the command
 
 class Colours(torch.nn.Module):
     """Stand in for Inception: five features of an image, at no cost."""

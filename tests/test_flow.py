@@ -49,7 +49,7 @@ class Memory(TorchDispatchMode):
         return out
 
 
-# ---------- training
+# ----- training
 
 def test_noise_is_a_uniform_time_and_normal_numbers_of_each_positions_own():
     B = 2000
@@ -110,7 +110,7 @@ def test_the_codebook_is_frozen_and_kept_out_of_checkpoints():
     assert not f.codebook.requires_grad and f.codebook.dtype == torch.float32
 
 
-# ---------- posterior, mean and velocity
+# ----- posterior, mean and velocity
 
 @pytest.mark.parametrize("tau, cfg", [(1, 1), (0.7, 1), (0.9, 1.3), (0.5, 4), (1, -1)])
 @pytest.mark.parametrize("patch", [1, 2, 4])
@@ -142,7 +142,7 @@ def test_posterior_mean_and_velocity_are_float32_under_autocast(cfg):
     assert 0 < (pi - full).abs().max() < 0.1 * cfg
 
 
-# ---------- sampling
+# ----- sampling
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_sample_is_a_function_of_the_noise_image_by_image_and_leaves_it_alone(name):
@@ -162,7 +162,7 @@ def test_sample_is_a_function_of_the_noise_image_by_image_and_leaves_it_alone(na
     assert drawn.equal(f.sample(y, 5, noise=f.prior(3)))
 
 
-# ---------- the network's patches, and chunks of its outputs
+# ----- the network's patches, and chunks of its outputs
 
 @pytest.mark.parametrize("patch", [1, 2, 4])
 def test_to_tokens_orders_codes_as_the_network_does_and_on_grid_undoes_it(patch):
@@ -208,7 +208,7 @@ def test_memory_of_sampling_is_bounded_by_the_chunk(monkeypatch):
     assert memory.peak < 2 ** 20 < 256 * SIDE ** 2 * codes // 3     # 2^18 distances at a time
 
 
-# ---------- linear_cross_entropy
+# ----- linear_cross_entropy
 
 def head_inputs(rows, groups=1, D=6, K=9, dtype=torch.float64):
     """Draw h, weight and bias, which want gradients, and targets."""

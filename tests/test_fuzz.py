@@ -24,7 +24,7 @@ def ring(*_):
     raise Slow
 
 
-# ---------- damage
+# ----- damage
 
 def place(rng, n):
     """Choose a place in n bytes: half of them near the ends, where headers and directories are."""
@@ -78,7 +78,7 @@ def damaged(rng, files):
     return archive.getvalue()
 
 
-# ---------- whole files, and what reads them
+# ----- whole files, and what reads them
 
 def pictures(path):
     exif = Image.Exif()

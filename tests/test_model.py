@@ -21,7 +21,7 @@ def point(net, B=3):
     return x, t, y
 
 
-# ---------- sizes, names and layouts
+# ----- sizes, names and layouts
 
 def count(net):
     """Count parameters: those that are trained, and the frozen positions."""
@@ -86,7 +86,7 @@ def test_positions_are_sines_and_cosines_of_the_column_then_of_the_row(p):
     assert not net.pos_embed.requires_grad
 
 
-# ---------- formulas
+# ----- formulas
 
 def plain(w, x, t, y, p, heads):
     """Compute DiT's logits [B,h,w,K] from a state dict by the paper's formulas, nothing fused."""
@@ -160,7 +160,7 @@ def test_the_residual_stream_is_contiguous_whatever_the_layout_of_the_latent(lay
     assert len(streams) == 4 and all(x.is_contiguous() for x in streams)
 
 
-# ---------- initialisation
+# ----- initialisation
 
 def test_at_first_all_blocks_are_the_identity_and_all_logits_are_zero():
     net = tiny_dit(random=False)

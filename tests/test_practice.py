@@ -18,7 +18,7 @@ import vq
 from vq import InputError
 
 
-# ---------- memory
+# ----- memory
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_recomputed_blocks_have_the_same_gradients(bf16):
@@ -63,7 +63,7 @@ def test_out_of_memory_is_one_sentence(run, monkeypatch):
         run("a", "--steps", 3, "--accumulate", 2)
 
 
-# ---------- devices
+# ----- devices
 
 class Watch(TorchDispatchMode):
     """Refuse float64 on a device that lacks it, and random numbers that are not the CPU's."""
@@ -123,7 +123,7 @@ def test_the_device_is_a_gpu_if_there_is_one_or_what_is_asked_for(run, monkeypat
     assert train.seeded(torch.device("mps"), 1).device == CPU
 
 
-# ---------- the held-out loss
+# ----- the held-out loss
 
 @pytest.fixture
 def val(tiny_data):

@@ -92,7 +92,8 @@ def test_settings_change_the_images_and_are_recorded(trained, tiny_data):
     for name, flags, value in (
             ("cfg_scale", ("--cfg-scale", 1), 1), ("tau", ("--tau", 0.1), 0.1),
             ("bf16", ("--bf16",), True), ("order", ("--order", 2), 2),
-            ("interval", ("--cfg-interval", 0.9, 1), [0.9, 1])):
+            ("interval", ("--cfg-interval", 0.9, 1), [0.9, 1]),
+            ("tau_end", ("--tau-end", 0.1), 0.1)):
         assert (make(name, "--cfg-scale", 3, *flags) != a).any(), name
         assert record(name)[name] == value
     # None of the three steps is in the interval, and so none was guided.
@@ -182,7 +183,9 @@ def test_a_process_does_not_wait_for_ever_for_one_that_samples_another_step(
 @pytest.mark.parametrize("training, flags, refused", [
     ("--objective cfm", "--order 2 --cfg-scale 1.5", "--tau 0.9"),
     ("--objective endpoint", "--order 2 --cfg-scale 1.5", "--tau 0.9"),
+    ("--objective cfm", "--order 2", "--tau-end 0.5"),
     ("--objective dfm", "--tau 0.9 --cfg-scale 1.5", "--order 2"),
+    ("--objective dfm", "--tau 0.9", "--tau-end 0.5"),
     ("--label-dropout 0", "--order 2", "--cfg-scale 1.5")])
 def test_each_method_samples_and_refuses_what_means_nothing_to_it(run, training, flags, refused):
     run("a", "--steps", 4, *training.split())
@@ -200,7 +203,8 @@ def test_a_checkpoint_that_is_damaged_or_of_other_data_is_named(trained, tiny_vq
         with pytest.raises(InputError, match=name) as error:
             make("x", "--ckpt", name.removesuffix(": "))
         assert "\n" not in str(error.value)
-    for flag in ("--tau 0", "--cfg-scale nan", "--per-proc-batch-size 0", "--cfg-interval 0.2 1"):
+    for flag in ("--tau 0", "--tau-end 0", "--cfg-scale nan", "--per-proc-batch-size 0",
+                 "--cfg-interval 0.2 1"):
         with pytest.raises(SystemExit):
             make("x", *flag.split())
     assert not Path("x").exists() and not Path("x.json").exists()

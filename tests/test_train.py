@@ -89,7 +89,7 @@ def call(folder, *command, code=0):
     return (result.stderr if code else result.stdout).splitlines()
 
 
-# ---------- the paper's settings
+# ----- the paper's settings
 
 def test_the_defaults_are_the_papers(tmp_path):
     paper = dict(
@@ -202,7 +202,7 @@ def test_processes_exchange_gradients_in_the_last_micro_batch_only():
     assert seen == [(2, False), (2, False), (2, True)]
 
 
-# ---------- checkpoints and resuming
+# ----- checkpoints and resuming
 
 @pytest.mark.parametrize("flags", [(), ("--geometric-head",), ("--logit-normal", "--ema-ramp")])
 def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run, flags, capsys):
@@ -430,7 +430,7 @@ def test_a_run_is_not_overwritten(run, tiny_data, tiny_size):
     assert sorted(os.listdir("runs")) == ["001", "002", "a"]
 
 
-# ---------- flags and data
+# ----- flags and data
 
 def test_the_recipe_overrides_the_paper_and_the_command_line_both(tiny_data, tiny_size):
     recipe = f"--lr 0.5\n--model={tiny_size}  # small\n\n--ema-ramp --name 'a b'\n"

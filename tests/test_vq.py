@@ -50,7 +50,7 @@ def tiny_file(tiny, tmp_path):
     return tmp_path / "tiny.pt"
 
 
-# ---------- the network
+# ----- the network
 
 @pytest.mark.parametrize("config, parameters", [
     (dict(), 67_717_295),                                            # vq-f8
@@ -140,7 +140,7 @@ def test_a_code_is_nearest_to_its_own_vector_and_l2_norm_ignores_lengths(l2_norm
     assert torch.equal(net.nearest(scaled), codes) == l2_norm
 
 
-# ---------- weights
+# ----- weights
 
 def llamagen_name(key):
     """Rename a key of FOREIGN, which has three levels, to LlamaGen's."""
@@ -263,7 +263,7 @@ def test_what_is_no_tokenizer_is_refused(tiny_file, tmp_path):
     assert "quant_conv.bias" in refusal(tiny_file)
 
 
-# ---------- pictures
+# ----- pictures
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -380,7 +380,7 @@ def test_a_sheet_shows_every_picture_in_its_place(tmp_path):
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), expected)
 
 
-# ---------- encoding a data set
+# ----- encoding a data set
 
 FILES = "ant/0.png ant/1.JPG ant/2.bmp bee/0.jpg bee/1.png bee/2.webp cat/0.png cat/d/1.png".split()
 BAD = FILES[3]  # in the second batch of three

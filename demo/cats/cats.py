@@ -58,7 +58,7 @@ S = np.linspace(0, 1, 9)[:, None]               # the parameter along a curve
 BOTH = (-1, 1)                                  # the sides of a face: left, right
 
 
-# ---------- shapes
+# ----- shapes
 
 def jitter(rng, colour, amount):
     """Return colour (RGB, 0..255) a little brighter or darker and a little off in hue: [3,1,1]."""
@@ -143,7 +143,7 @@ class Canvas:
         self.image += mask * (shaded - self.image)
 
 
-# ---------- the parts of a cat
+# ----- the parts of a cat
 
 def head_outline(rng):
     """Return the head's polygon: a round skull, wide cheeks with a tuft each, a small chin."""
@@ -297,7 +297,7 @@ def draw_body(canvas, rng, name, fur, muzzle):
     return head, ears
 
 
-# ---------- cats
+# ----- cats
 
 def draw(rng, coat, size=64):
     """Draw one cat of COATS[coat], all that varies drawn from the np.random.Generator.

@@ -54,7 +54,7 @@ TRAIN_SEED = 0
 HELD_OUT_SEED = 1
 
 
-# ---------- the loss
+# ----- the loss
 
 def edges(x):
     """Return the differences of neighbouring pixels, across and down, of images [B,3,H,W]."""
@@ -76,7 +76,7 @@ def psnr(y, x):
     return 10 * math.log10(4 / F.mse_loss(y, x).item())
 
 
-# ---------- codebook and optimizer
+# ----- codebook and optimizer
 
 class MovingCodebook:
     """Keep each code at the moving average of the encoder's vectors assigned to it."""
@@ -139,7 +139,7 @@ class MuonAndAdamW:
             part.zero_grad()
 
 
-# ---------- the tokenizer
+# ----- the tokenizer
 
 def train_tokenizer(images, steps, batch_size, lr, seed, device):
     """Train a VQ on images uint8 [N,H,W,3]; return it with standardised codes, in eval mode."""
@@ -209,7 +209,7 @@ def decode(vq, codes, device):
     return torch.cat([vq.decode(c.to(device)).cpu() for c in codes.split(250)])
 
 
-# ---------- the files
+# ----- the files
 
 def save_images(file, images, **more):
     """Write images as arr_0 of an .npz. LZMA makes it a fifth smaller than savez_compressed."""
