@@ -342,7 +342,7 @@ def main(argv=None):
         floor = frechet_distance(*statistics(others), theirs.mu, theirs.sigma)
         print(f"{name} of {len(others)} other real images: {floor:.4f}")
     few = 0 < n < len(mu) or 0 < theirs.count < len(mu)
-    note = " (biased by few images; compare equal counts only)" if few else ""
+    note = " (few images: biased)" if few else ""
     print(f"{name}{note} of {n or 'unknown'} images ({args.samples}) to "
           f"{theirs.count or 'unknown'} ({reference}): {distance:.4f}")
 

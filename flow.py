@@ -309,21 +309,19 @@ OBJECTIVES = {
 
 @torch.no_grad()
 def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None,
-                  order=2, interval=(0, 1), tau_end=None, start=0.0, states=None):
+                  order=2, interval=(0, 1), tau_end=None):
     """Sample codes [B,h,w] as flow.sample does, for a method that has a mean. Beyond it:
 
     order: 2 extends the line through the last two mu, so that ten steps are enough;
     interval: the times at which to guide (arXiv 2404.07724); other calls cost half;
-    tau_end: the temperature at t = 1, linear in t from tau at t = 0;
-    start: a time; noise is then a point z_t of the path there, such as a noisy picture;
-    states: a list, to which each step adds t and z at its end, and mu at its start.
+    tau_end: the temperature at t = 1, linear in t from tau at t = 0.
     """
     z = flow.prior(len(y)) if noise is None else noise
     low, high = interval
-    old_t = old_mu = None
-    parts = [s / steps for s in range(steps + 1)]
-    times = [start + (1 - start) * part for part in parts]  # the last is exactly 1
-    for t, after in zip(times, times[1:]):
+    old_mu = None
+    for s in range(steps):
+        t = s / steps
+        after = (s + 1) / steps
         guidance = cfg if low <= t <= high else 1.0
         heat = tau
         if tau_end is not None:
@@ -331,14 +329,11 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None,
         time = torch.full_like(y, t, dtype=torch.float)
         mu = flow.mean(z, time, y, heat, guidance)
         v = (mu - z) / (1 - t)
-        if order == 2 and t > start:
-            slope = (mu - old_mu) / (t - old_t)
+        if order == 2 and s > 0:
+            slope = (mu - old_mu) * steps
             v = v + slope_weight(t, after) * slope
-        old_t = t
         old_mu = mu
-        z = z + (after - t) * v
-        if states is not None:
-            states.append((after, z, mu))
+        z = z + v / steps
     return flow.nearest(z)
 
 

@@ -23,20 +23,24 @@ from train import load_run, seeded
 from vq import InputError, crop, from_pixels, read_image, save_image, setup_process
 
 
-class Kept:
-    """A method whose mean is e_k wherever code k is known, so that there all paths end in it.
+class Edited:
+    """A method that starts on its path, and whose mean is e_k wherever code k is known.
 
+    So all paths end in the known codes. Where a sampler says u, it is at t = start + (1 - start) u;
+    dz/du = (mu - z) / (1 - u) then is what dz/dt = (mu - z) / (1 - t) was.
     known: codes [1,h,w], -1 where any may be chosen.
     """
 
-    def __init__(self, flow, known):
+    def __init__(self, flow, known, start=0.0):
         self.flow = flow
         self.known = known
         self.free = known < 0
+        self.start = start
 
-    def mean(self, z, *settings):
+    def mean(self, z, u, *settings):
+        t = self.start + (1 - self.start) * u
         z1 = self.flow.embed(self.known.clamp(0))
-        mu = self.flow.mean(z, *settings)
+        mu = self.flow.mean(z, t, *settings)
         return torch.where(self.free.unsqueeze(1), mu, z1)
 
     def nearest(self, z):
@@ -71,8 +75,8 @@ def edit(run, args):
     for start in np.linspace(args.start, 1, args.resample + 2)[:-1].tolist():
         z0 = torch.cat([flow.prior(1, generator) for generator in generators]).to(device)
         z = flow.path(z0, codes, torch.full((len(y),), start, device=device))
-        codes = sample_beyond(Kept(flow, known), y, args.steps, args.tau, args.cfg_scale, z,
-                              args.order, start=start)
+        edited = Edited(flow, known, start)
+        codes = sample_beyond(edited, y, args.steps, args.tau, args.cfg_scale, z, args.order)
     # The decoder sees all codes, so that kept ones look a little different: put them back.
     kept = (known >= 0).cpu().repeat_interleave(vq.factor, 1).repeat_interleave(vq.factor, 2)
     return torch.where(kept.unsqueeze(3), vq.decode_pixels(picture), vq.decode_pixels(codes))

@@ -26,6 +26,23 @@ from vq import InputError, save_image, setup_process, sheet, write_whole
 COLOURS = np.array([(10, 7, 40), (105, 20, 110), (215, 60, 75), (250, 155, 30), (252, 250, 180)])
 
 
+class Recorder:
+    """A method that remembers the (t, z, mu) at the start of each step, and where z ends."""
+
+    def __init__(self, flow):
+        self.flow = flow
+        self.calls = []
+
+    def mean(self, z, t, *settings):
+        mu = self.flow.mean(z, t, *settings)
+        self.calls.append((t[0].item(), z, mu))
+        return mu
+
+    def nearest(self, z):
+        self.calls.append((1.0, z, None))
+        return self.flow.nearest(z)
+
+
 def follow(run, classes, args):
     """Sample an image of each class [B]; return y and (t, z, mu) at the start and after each step.
 
@@ -34,11 +51,10 @@ def follow(run, classes, args):
     flow = run.flow
     y = torch.tensor(classes, device=flow.codebook.device)
     noise = draw_noise(flow, range(len(y)), args.seed)
-    states = []
-    settings = (y, args.steps, args.tau, args.cfg_scale, noise, args.order)
-    sample_beyond(flow, *settings, states=states)
-    _, _, mu = states[0]
-    return y, [(0.0, noise, mu), *states]
+    recorder = Recorder(flow)
+    sample_beyond(recorder, y, args.steps, args.tau, args.cfg_scale, noise, args.order)
+    times, points, means = zip(*recorder.calls)
+    return y, list(zip(times, points, means[:1] + means))
 
 
 def decode(run, z):

@@ -1,4 +1,6 @@
 """The programs of demo/ that use the project as a library: film strip and edited picture."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +39,20 @@ def test_the_film_strip_ends_where_z_and_mu_agree_with_the_sample(run):
     assert (tiles[0, 0, 0] != tiles[0, 1, 0]).any()         # noise is not yet what mu is
 
 
+def test_the_states_of_the_film_are_where_each_step_leads(run):
+    args = SimpleNamespace(steps=4, tau=0.7, cfg_scale=1.5, order=2, seed=3)
+    y, states = film.follow(run, [1, 0], args)
+    assert [t for t, _, _ in states] == [0, 0.25, 0.5, 0.75, 1]
+    noise = draw_noise(run.flow, range(2), 3)
+    assert states[0][1].equal(noise) and states[0][2].equal(states[1][2])
+    with torch.no_grad():
+        codes = sample_beyond(run.flow, y, 4, 0.7, 1.5, noise)
+        assert run.flow.nearest(states[-1][1]).equal(codes)
+        for (t, z, _), (_, _, mu) in zip(states, states[1:]):
+            torch.testing.assert_close(
+                mu, run.flow.mean(z, torch.full((2,), t), y, 0.7, 1.5))
+
+
 @pytest.fixture
 def picture(run):
     """The codes [1,4,4] of cat.png, a picture of another size than the data's."""
@@ -50,9 +66,9 @@ def calls(monkeypatch):
     """What edit.py asks flow.py for: noise, start, known and the codes that it got."""
     made = []
 
-    def spy(kept, y, steps, tau, cfg, noise, order, start):
-        codes = sample_beyond(kept, y, steps, tau, cfg, noise, order, start=start)
-        made.append((noise, start, kept.known, codes))
+    def spy(edited, y, steps, tau, cfg, noise, order):
+        codes = sample_beyond(edited, y, steps, tau, cfg, noise, order)
+        made.append((noise, edited.start, edited.known, codes))
         return codes
 
     monkeypatch.setattr(edit, "sample_beyond", spy)
