@@ -8,8 +8,6 @@ A tokenizer has turned each image into a grid of codes c (Eq. 9). Code k has the
     velocity    v  = (mu - z_t) / (1 - t),  mu = sum_k pi_k e_k                  (Eq. 13)
     sampling    for s = 0..T-1:  t = s/T,  z <- z + v/T;  then the nearest code  (Appendix B)
 
-Of the network all methods use its sizes, hidden() and final_layer.linear; DFM also x_embedder.
-
 Shapes: B batch, h w grid of codes, d code dimension, K codes; N tokens of G = p*p positions each,
 D width; n rows of logits at a time.
 """

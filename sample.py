@@ -134,7 +134,6 @@ def describe(run, args):
     record = dict(
         ckpt=str(run.ckpt.resolve()),
         step=run.step,
-        started=run.args.started,
         weights=f"{run.flow.model.final_layer.linear.weight.cpu().double().norm():.8g}",
         data=str(run.data.path),
         reference=str(reference) if reference.is_file() else None)

@@ -352,7 +352,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
     [group] = opt.param_groups
     params = group["params"]
     if world > 1:
-        agree(vars(args) | dict(checkpoint=str(ckpt), step=start, started=""))
+        agree(vars(args) | dict(checkpoint=str(ckpt), step=start))
     if rank == 0:
         print(f"checkpoint: {ckpt}, step {start} of {args.steps}, in {run}/")
         describe(args, data, flow, world)
@@ -463,7 +463,7 @@ def flags():
     add = parser.add_argument
     add("--objective", default="purrception", choices=OBJECTIVES, help="the method or a baseline")
     add("--model", default="DiT-XL/2", choices=SIZES, help="size of the network")
-    parser.set_defaults(started="", recipe="")
+    parser.set_defaults(recipe="")
     return parser
 
 
@@ -474,7 +474,6 @@ def parse(argv=None):
     run = None
     words = []
     recipe = Path(first.data, "recipe.txt")
-    parser.set_defaults(started=time.strftime("%Y-%m-%d %H:%M:%S"))
     if first.resume:
         below = "" if first.name else "**/"
         last = newest(Path("runs", first.name or ""), f"{below}args.json", f"{below}ckpt*.pt")

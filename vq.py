@@ -7,8 +7,7 @@
 The network (VQGAN, arXiv 2012.09841) is that of vq-f8 (CompVis/latent-diffusion), vq_ds8_c2i
 (FoundationVision/LlamaGen) and this project's tokenizers.
 
-    python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet --flip    also with torchrun
-    python vq.py --reconstruct cat.jpg dog.png --vq vq-f8.ckpt        original | reconstruction
+    python vq.py IMAGES --vq vq-f8.ckpt --out data/imagenet     encode a folder; also with torchrun
 
 Shapes: B batch, H W pixels, h w grid of codes, K codes, d code dimension, C channels.
 """
@@ -381,45 +380,25 @@ def psnr(a, b):
     return 10 * math.log10(255 ** 2 / max(mse, 1e-9))
 
 
-def reconstruct(args, vq, device):
-    """Write a sheet of originals and reconstructions, and print their PSNR."""
-    pairs = []
-    for path in args.reconstruct:
-        original = crop(read_image(path), args.size)
-        codes = vq.encode(from_pixels(original[None]).to(device))
-        again, = vq.decode_pixels(codes).numpy()
-        print(f"{path}: PSNR {psnr(original, again):.2f} dB")
-        pairs += [original, again]
-    save_image(args.out or "reconstructions.png", pairs, columns=2)
-
-
 @torch.inference_mode()
 def main():
     parser = make_parser(
-        "Encode images into codes, or reconstruct some.",
-        ("--out", Path, "folder to write; with --reconstruct, a picture"),
+        "Encode a folder of images into codes.",
         ("--size", 256, "side of the centre crop in pixels"),
         ("--flip", False, "also encode the mirrored images"),
         ("--batch-size", 32, "images at a time"))
     add = parser.add_argument
-    add("images", nargs="?", type=Path, help="folder to encode, one sub-folder per class")
+    add("images", type=Path, help="folder with one sub-folder per class")
     add("--vq", type=Path, required=True, help="weights of the tokenizer")
-    add("--reconstruct", nargs="+", type=Path, metavar="IMAGE", help="only compare these")
+    add("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    if bool(args.images) == bool(args.reconstruct) or args.images and not args.out:
-        parser.error("give IMAGES and --out, or --reconstruct IMAGE...")
     rank, world, device = setup_process(args.device)
     vq = load_vq(args.vq, device)
     if len(vq.codebook) > EMPTY:
         raise InputError(f"--vq {args.vq}: has over {EMPTY} codes; use another")
     if min(args.size, args.batch_size) < 1 or args.size % vq.factor:
-        raise InputError(
-            f"--size {args.size}: give a multiple of {vq.factor}; "
-            f"--batch-size {args.batch_size}: one or more")
-    if args.images:
-        encode_folder(args, vq, rank, world, device)
-    elif rank == 0:
-        reconstruct(args, vq, device)
+        raise InputError(f"--size: give a multiple of {vq.factor}; --batch-size: one or more")
+    encode_folder(args, vq, rank, world, device)
 
 
 # ----- pictures

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from study import judge
 from study.measure import references
-from study.samplers import Results, draw_codes, load_pyplot
+from study.samplers import Results, draw_codes, fingerprint, load_pyplot
 from train import load_run, seeded
 from vq import setup_process
 
@@ -64,7 +64,7 @@ def measured(runs, results, device, start, end, calls, order, cfg):
     found = []
     for path, run in runs.items():
         for seed in SEEDS:
-            task = [path, run.args.started, seed, start, end, calls, order, cfg]
+            task = [path, fingerprint(run), seed, start, end, calls, order, cfg]
             if task not in results:
                 codes, coats = draw_codes(run.flow, 256, seed, steps=calls, order=order, cfg=cfg,
                                           tau=start, tau_end=end)

@@ -83,6 +83,11 @@ class Results:
         self.table[json.dumps(task)] = result
 
 
+def fingerprint(run):
+    """Tell a run's weights from those of another."""
+    return run.flow.model.final_layer.linear.weight.double().norm().item()
+
+
 def draw_codes(flow, count, seed, **settings):
     """Sample codes [count,h,w], each from its own noise, classes in turn. Return both."""
     codes = []
@@ -105,6 +110,7 @@ class Samplers:
     def __init__(self, args, device):
         self.args = args
         self.run = load_run(args.ckpt, device=device)
+        self.weights = fingerprint(self.run)
         codes = self.run.data.codes[:4000].astype(np.int64)
         self.patches = self.patches_of(torch.from_numpy(codes).to(device))
         self.judge = judge.load_judge(device)
@@ -119,7 +125,7 @@ class Samplers:
     def measured(self, sampler, seed):
         """Return the FIGURES of samples from the noise of a seed, from the table or anew."""
         run = self.run
-        task = [str(run.ckpt), run.args.started, self.args.num_samples, seed, *sampler]
+        task = [str(run.ckpt), self.weights, self.args.num_samples, seed, *sampler]
         if task not in self.results:
             codes, coats = draw_codes(run.flow, self.args.num_samples, seed, **sampler._asdict())
             seen = judge.look(self.judge, run.vq.decode_pixels(codes))

@@ -252,7 +252,7 @@ def test_images_are_found_in_all_folders_below_and_cropped_if_asked_for(run):
     with pytest.raises(fid.InputError, match="--size"):
         run("sizes", "--ref", "b")
     value, line = run("sizes", "--ref", "b", "--size", 8)
-    assert "2 images (sizes)" in line and "biased by few images" in line  # fewer than features
+    assert "2 images (sizes)" in line and "few images: biased" in line  # fewer than features
     assert run("sizes", "--ref", "b", "--size", 24)[0] != value
 
 
