@@ -173,7 +173,7 @@ def resize(x, size=299):
 
 
 class CatFeatures(nn.Sequential):
-    """Map cats, uint8 or in [-1,1], [B,3,64,64], to features [B,64]: study/judge.py trains it."""
+    """Map cats [B,3,64,64] in [-1,1] to features [B,64]: study/judge.py trains it."""
 
     def __init__(self):
         def conv(c_in, c_out, side, stride):
@@ -188,11 +188,6 @@ class CatFeatures(nn.Sequential):
             nn.Conv2d(64, 16, 1),
             nn.Flatten(),               # [B,1024]: where things are matters
             nn.Linear(1024, 64))
-
-    def forward(self, x):
-        if x.dtype == torch.uint8:
-            x = x.float() / 127.5 - 1
-        return super().forward(x)
 
 
 # ----- Inception's weights
@@ -294,6 +289,7 @@ def measure(path, weights, args, device):
             if image.shape != shape:
                 raise InputError(f"{name}: is {image.shape}, {images[0]} is {shape}; use --size")
         x = torch.from_numpy(np.stack(pixels)).to(device).movedim(3, 1)
+        x = x / 127.5 - 1 if weights else x
         rows.append(net(x).cpu().numpy())  # [B,D]
     return Statistics(*statistics(np.concatenate(rows)), len(images))
 

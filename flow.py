@@ -172,8 +172,7 @@ class Purrception(nn.Module):
         side = self.model.input_size // p
         x = x.unflatten(0, (p, p, -1, side, side))  # [p,p,B,h/p,w/p,C]
         x = x.permute(2, 3, 0, 4, 1, 5)             # [B,h/p,p,w/p,p,C]
-        x = x.flatten(3, 4)                         # [B,h/p,p,w,C]
-        return x.flatten(1, 2)
+        return x.flatten(3, 4).flatten(1, 2)
 
 
 # ----- the baselines
@@ -390,8 +389,7 @@ def to_tokens(codes, p):
     codes = codes.unflatten(2, (-1, p))  # [B,h,w/p,p]
     codes = codes.unflatten(1, (-1, p))  # [B,h/p,p,w/p,p]
     codes = codes.transpose(2, 3)
-    codes = codes.flatten(3)             # [B,h/p,w/p,G]
-    return codes.flatten(1, 2)
+    return codes.flatten(3).flatten(1, 2)
 
 
 # ----- the head, in chunks

@@ -135,7 +135,6 @@ def describe(run, args):
         ckpt=str(run.ckpt.resolve()),
         step=run.step,
         weights=f"{run.flow.model.final_layer.linear.weight.cpu().double().norm():.8g}",
-        data=str(run.data.path),
         reference=str(reference) if reference.is_file() else None)
     names = "num_samples", "classes", "seed", "tau", "cfg_scale", "steps", "bf16"
     return record | {name: vars(args)[name] for name in names} | beyond(args)

@@ -30,7 +30,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
@@ -43,8 +42,7 @@ from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, s
 
 # ----- data
 
-# Codes and mirrored codes, uint16 [N,h,w] on the disk; labels [N], -1 for unreadable images; and
-# the indices of the others.
+# Codes and mirrored codes, uint16 [N,h,w] on the disk; labels [N], -1 where unreadable; the others.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
 
 ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)  # of meta.json
@@ -122,7 +120,7 @@ def build(args, data, codebook):
     K, d = codebook.shape
     size = SIZES[args.model]
     if data.codes.shape[1] % size["patch_size"]:
-        raise InputError(f"--model {args.model}: patches do not fill the grid; give another")
+        raise InputError(f"--model {args.model}: patches do not fill the grid")
     objective = OBJECTIVES[args.objective]
     regression = issubclass(objective, CFM)
     model = DiT(
@@ -248,7 +246,7 @@ Run = namedtuple("Run", "ckpt flow vq data args step")
 
 
 def load_run(ckpt=None, data=None, device="cpu"):
-    """Load the averaged weights of ckpt, or the newest; data: its directory, if moved."""
+    """Load averaged weights from ckpt or the newest; data: its directory, if moved."""
     ckpt = Path(ckpt or newest("runs", "**/ckpt*.pt"))
     settings, _ = load_checkpoint(ckpt)
     args = flags().parse_args([], argparse.Namespace(**settings))  # newer flags: defaults
@@ -263,7 +261,7 @@ def load_run(ckpt=None, data=None, device="cpu"):
 
 @torch.inference_mode()
 def save_samples(path, flow, vq, args):
-    """Save samples from fixed noise, in 50 steps: up to ten classes across, three of each."""
+    """Save samples from fixed noise in 50 steps: up to ten classes across, three of each."""
     device = flow.codebook.device
     columns = min(10, flow.model.num_classes)
     y = torch.arange(columns, device=device).repeat(3)
@@ -311,7 +309,7 @@ def backward(ddp, codes, y, noise, args):
 
 
 def describe(args, data, flow, world):
-    """Print what is trained, and what of it goes beyond the paper."""
+    """Print what is trained, and what goes beyond the paper."""
     N, side, _ = data.codes.shape
     flips = "not " if data.flipped is data.codes else ""
     size = sum(p.numel() for p in flow.model.parameters()) / 1e6
@@ -363,7 +361,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
     ddp = flow
     if world > 1:
         flow._ddp_params_and_buffers_to_ignore = ["codebook"]  # all have the same
-        ddp = DistributedDataParallel(flow, gradient_as_bucket_view=True)
+        ddp = torch.nn.parallel.DistributedDataParallel(flow, gradient_as_bucket_view=True)
     bar = tqdm(total=args.steps, initial=start, disable=rank > 0, unit=" steps")
     B = args.global_batch_size
     part = slice(rank * B // world, (rank + 1) * B // world)  # this process's share of a batch
@@ -389,7 +387,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
             clip_grads_with_norm_(params, args.grad_clip, norm)
         *means, stopping = message.tolist()
         if not math.isfinite(means[0] + grad_norm):
-            raise InputError(f"step {step + 1}: loss {means[0]}; --resume with a smaller --lr")
+            raise InputError(f"step {step + 1}: loss {means[0]}; --resume with less --lr")
 
         lr = learning_rate(args, step)
         group.update(lr=lr, weight_decay=args.weight_decay)  # not the checkpoint's

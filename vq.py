@@ -284,7 +284,7 @@ EMPTY = 2 ** 16 - 1
 
 
 def list_images(root):
-    """List a folder of class folders, or of one class: sorted paths, labels, class names."""
+    """List a folder of class folders, or of one class: paths, labels, class names."""
     paths = find_images(root)
     flat = [path for path in paths if path.parent == root]
     if 0 < len(flat) < len(paths):
@@ -584,7 +584,7 @@ def claim_folder(folder, note, record, rank, remake=False):
 
 
 def make_parser(text, *flags):
-    """Make a parser of --device and flags (name, default or its type, help)."""
+    """Make a parser of flags (name, default or its type, help) and --device."""
     parser = argparse.ArgumentParser(
         description=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     device = "--device", str, "cuda, cpu or mps; None: cuda if there is one"
@@ -598,7 +598,7 @@ def make_parser(text, *flags):
 
 
 def setup_process(name=None):
-    """Return rank, world size, as torchrun sets them, and a device. Make any text printable."""
+    """Return rank and world size, from torchrun, and a device. Make any text printable."""
     with suppress(AttributeError):  # a notebook prints all
         sys.stdout.reconfigure(errors="backslashreplace")
     rank, local, world = 0, 0, 1
