@@ -202,7 +202,7 @@ def our_name(key):
 def load_inception(path=None):
     """Load a frozen InceptionV3 from path, torch's hub cache, or a download."""
     net = InceptionV3()
-    with InputError.explain(f"--weights {path}: does not fit; give {URL}"):
+    with InputError.explain(f"--weights {path}: unusable; give {URL}"):
         if path:
             state = torch.load(path, "cpu", weights_only=True)
         else:
@@ -283,11 +283,11 @@ def measure(path, weights, args, device):
     else:
         net = inception(args.weights, device)
     rows = []
-    shape = read(images[0]).shape
+    shape = (64, 64, 3) if weights else read(images[0]).shape
     for names, pixels in read_ahead(read, images, BATCH, desc=str(path), disable=None):
         for name, image in zip(names, pixels):
             if image.shape != shape:
-                raise InputError(f"{name}: is {image.shape}, {images[0]} is {shape}; use --size")
+                raise InputError(f"{name}: is {image.shape}, not {shape}; use --size")
         x = torch.from_numpy(np.stack(pixels)).to(device).movedim(3, 1)
         x = x / 127.5 - 1 if weights else x
         rows.append(net(x).cpu().numpy())  # [B,D]
@@ -323,7 +323,8 @@ def main(argv=None):
 
     theirs = reference and measure(reference, {}, args, device)
     weights = (theirs and theirs.weights) or {}
-    mu, sigma, n, *_ = measure(args.samples, weights, args, device)
+    mu, sigma, n, _, own = measure(args.samples, weights, args, device)
+    weights = weights or own or {}
     if args.save_stats:
         with write_whole(args.save_stats) as file:
             np.savez(file, mu=mu, sigma=sigma, count=n, **weights)

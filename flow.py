@@ -112,7 +112,7 @@ class Purrception(nn.Module):
         E = self.codebook
         R = len(y) * self.model.input_size ** 2
         mu = E.new_empty(R, E.shape[1])
-        for rows, logits in self.outputs(z, t, y, cfg, tau):    # [n,K]
+        for rows, logits in self.outputs(z, t, y, tau, cfg):    # [n,K]
             pi = torch.softmax(logits, 1)                       # Eq. 12, 15
             with torch.autocast(z.device.type, enabled=False):  # float32 island
                 mu[rows] = pi @ E
@@ -121,7 +121,7 @@ class Purrception(nn.Module):
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute pi (Eq. 12, 15): [B,h,w,K]."""
         pi = []
-        for _, logits in self.outputs(z, t, y, cfg, tau):
+        for _, logits in self.outputs(z, t, y, tau, cfg):
             pi.append(torch.softmax(logits, 1))
         return self.on_grid(torch.cat(pi))
 
@@ -146,7 +146,7 @@ class Purrception(nn.Module):
         cond, null = self.model.hidden(z, t, y).chunk(2)
         return torch.lerp(null, cond, cfg)
 
-    def outputs(self, z, t, y, cfg, tau=1.0):
+    def outputs(self, z, t, y, tau=1.0, cfg=1.0):
         """Yield slices of rows, and the guided logits / tau [n,K] there, in float32.
 
         Rows are sorted by position in the patch, then by image, then by patch. For CFM, K = d.
@@ -203,7 +203,7 @@ class CFM(Purrception):
         """Return what the network regresses, guided: [B,d,h,w]."""
         assert tau is None, "a regression has no temperature"
         out = []
-        for _, x in self.outputs(z, t, y, cfg):
+        for _, x in self.outputs(z, t, y, cfg=cfg):
             out.append(x)
         return self.on_grid(torch.cat(out)).movedim(-1, 1)
 
@@ -272,7 +272,7 @@ class DFM(Purrception):
         for s in range(steps):
             t = torch.full_like(y, s / steps, dtype=torch.float)
             drawn = []
-            for rows, logits in self.outputs(z, t, y, cfg, tau):
+            for rows, logits in self.outputs(z, t, y, tau, cfg):
                 pi = torch.softmax(logits, 1)
                 drawn.append(pick(pi, uniform[rows]))
             drawn = self.on_grid(torch.cat(drawn)).squeeze(-1)
@@ -320,11 +320,11 @@ def sample_beyond(flow, y, steps=10, tau=0.9, cfg=1.0, noise=None,
         t = s / steps
         after = (s + 1) / steps
         guidance = cfg if low <= t <= high else 1.0
-        heat = tau
+        tau_t = tau
         if tau_end is not None:
-            heat = tau + (tau_end - tau) * t
+            tau_t = tau + (tau_end - tau) * t
         time = torch.full_like(y, t, dtype=torch.float)
-        mu = flow.mean(z, time, y, heat, guidance)
+        mu = flow.mean(z, time, y, tau_t, guidance)
         v = (mu - z) / (1 - t)
         if order == 2 and s > 0:
             slope = (mu - old_mu) * steps

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 sample.py --ckpt runs/xl2/ckpt.pt --num-samples 50000 --out xl2
 
 Image i depends on checkpoint, flags and (seed, i) alone, in bf16 or on a GPU up to rounding. So any
-number of processes makes the same images, and the same command resumes. OUT.json records the flags.
+number of processes makes the same images, and the same command resumes.
 """
 import shlex
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +35,7 @@ def pick_classes(wanted, names):
 
 
 def draw_noise(flow, indices, seed):
-    """Draw the noise of each image i from (seed, i): [n,d,h,w]."""
+    """Draw the noise of each image i from (seed, i): [n,...]."""
     noise = [flow.prior(1, seeded("cpu", seed, i)) for i in indices]
     return torch.cat(noise).to(flow.codebook.device)
 
@@ -103,9 +103,9 @@ def parse(argv):
     wrong = {
         "--steps, --num-samples, --per-proc-batch-size, --seed: too small": min(counts) < 1,
         "--tau, --tau-end: give positive numbers":
-            not all(tau is None or tau > 0 for tau in (args.tau, args.tau_end)),
+            not all(tau is None or 0 < tau < np.inf for tau in (args.tau, args.tau_end)),
         "--cfg-scale: give a finite number": not np.isfinite(args.cfg_scale),
-        "--cfg-interval: give LO below HI": not low <= high,
+        "--cfg-interval: give LO <= HI": not low <= high,
         "--cfg-interval: needs --cfg-scale": [low, high] != [0, 1] and args.cfg_scale == 1,
         "--out: give a folder's name": args.out and args.out.name in ("", "..")
     }

@@ -4,13 +4,11 @@
     torchrun --nproc_per_node=8 train.py --data data/imagenet    the paper's run
     torchrun --nproc_per_node=8 train.py --resume                continue where it stopped
 
-The defaults are the paper's. The data's recipe.txt overrides them, the command line both. A run
-writes runs/NAME/: args.json, its flags; ckpt.pt, the newest checkpoint; log.jsonl; and samples/.
+The defaults are the paper's. The data's recipe.txt (--resume: the run's flags) overrides them, the
+command line both. A run writes runs/NAME/: args.json, its flags; ckpt.pt; log.jsonl; samples/.
 
 The order of the data depends on (seed, epoch), the noise on (seed, step), and each process takes
 its share of both. So the number of processes changes only rounding, and resuming is exact.
-
-Shapes: B global batch, b images of a process at a time, N images, h w grid of codes.
 """
 import argparse
 import contextlib
@@ -33,7 +31,7 @@ import torch.distributed as dist
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
-import flow as method
+import flow
 from flow import CFM, OBJECTIVES, geometric_head, logit_normal
 from model import SIZES, DiT
 from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, setup_process,
@@ -42,7 +40,7 @@ from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, s
 
 # ----- data
 
-# Codes and mirrored codes, uint16 [N,h,w] on the disk; labels [N], -1 where unreadable; the others.
+# codes, flipped: uint16 [N,h,w] on the disk; labels [N]: -1 if unreadable; readable: other rows.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
 
 ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)  # of meta.json
@@ -71,8 +69,9 @@ def open_data(path, device):
         names = [name for name in meta["classes"] if isinstance(name, str)]
         if not (codes.shape == flipped.shape == (*labels.shape, side, side)
                 and codes.dtype == flipped.dtype == np.uint16
+                and names == meta["classes"] and meta["image_size"] == side * vq.factor
                 and labels.dtype.kind in "iu" and labels.max() in range(len(names))):
-            raise ValueError("codes, labels and classes in meta.json do not fit")
+            raise ValueError("codes, labels, classes, image_size in meta.json do not fit")
         top = max(codes.max(), flipped.max())
         if top >= len(vq.codebook):  # 65535: not encoded yet
             raise ValueError(f"code {top} of {len(vq.codebook)}; repeat vq.py")
@@ -149,7 +148,7 @@ def compile_blocks(model):
     torch._dynamo.config.optimize_ddp = False  # it would cut the graph
     for block in model.blocks:
         block.compile()
-    method.loss_and_gradient = torch.compile(method.loss_and_gradient)
+    flow.loss_and_gradient = torch.compile(flow.loss_and_gradient)
 
 
 def make_optimizer(flow, lr):
@@ -190,15 +189,15 @@ def new_run(name=None):
     while Path("runs", f"{i:03d}").exists():
         i += 1
     run = Path("runs", name or f"{i:03d}")
-    empty = not any(run.glob("[!.]*"))  # as of a process killed at its start
+    empty = not any(run.glob("[!.]*"))  # killed at its start
     with InputError.explain(f"--name {run.name}: give --resume or another name"):
         run.mkdir(parents=True, exist_ok=empty)
     return run
 
 
 def bind(args, data, run):
-    """Note the data's classes and tokenizer in args, or refuse others."""
-    ours = {name: data.meta[name] for name in ("classes", "tokenizer_sha256")}
+    """Note in args what data it is, or refuse other data."""
+    ours = {name: data.meta[name] for name in ("classes", "image_size", "tokenizer_sha256")}
     theirs = {name: vars(args).setdefault(name, x) for name, x in ours.items()}
     InputError.compare(f"{data.path}: not the data of {run}, give its own", theirs, ours)
 
@@ -273,10 +272,7 @@ def save_samples(path, flow, vq, args):
 
 @torch.no_grad()
 def held_out(flow, val, args):
-    """Return the mean loss on 256 images of val, and the loss at t = 1/16, 3/16 ... 15/16.
-
-    It is a cross-entropy or, of a regression, an mse. The noise is always the same.
-    """
+    """Return ce or mse on 256 images of val at t = 1/16, 3/16 ... 15/16, with fixed noise."""
     device = flow.codebook.device
     rows = val.readable[np.linspace(0, len(val.readable) - 1, 256).astype(int)]
     codes, y = load_rows(val, rows, False, device)
@@ -288,7 +284,7 @@ def held_out(flow, val, args):
             _, parts = flow(codes, y, (times, z0, y < 0))
         loss, *_ = parts.values()  # without the z-loss
         by_t.append(loss.item())
-    return {"val": sum(by_t) / 8, "val_by_t": by_t}
+    return by_t
 
 
 # ----- the loop
@@ -299,7 +295,7 @@ def backward(ddp, codes, y, noise, args):
     losses = {}
     for i in range(0, len(codes), b):
         micro = slice(i, i + b)
-        ddp.require_backward_grad_sync = i + b == len(codes)  # exchange gradients once a step
+        ddp.require_backward_grad_sync = (i + b == len(codes))  # exchange gradients once a step
         with autocast(codes.device, args):
             loss, parts = ddp(codes[micro], y[micro], [x[micro] for x in noise])
         (loss / args.accumulate).backward()
@@ -308,7 +304,7 @@ def backward(ddp, codes, y, noise, args):
     return losses
 
 
-def describe(args, data, flow, world):
+def announce(args, data, flow, world):
     """Print what is trained, and what goes beyond the paper."""
     N, side, _ = data.codes.shape
     flips = "not " if data.flipped is data.codes else ""
@@ -353,7 +349,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
         agree(vars(args) | dict(checkpoint=str(ckpt), step=start))
     if rank == 0:
         print(f"checkpoint: {ckpt}, step {start} of {args.steps}, in {run}/")
-        describe(args, data, flow, world)
+        announce(args, data, flow, world)
         write_json(run / "args.json", vars(args))
     flow.model.recompute = args.recompute
     if args.compile:
@@ -383,7 +379,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
             dist.all_reduce(message)
         norm = get_total_norm([p.grad for p in params])
         grad_norm = norm.item()
-        if grad_norm > args.grad_clip:
+        if not grad_norm <= args.grad_clip:
             clip_grads_with_norm_(params, args.grad_clip, norm)
         *means, stopping = message.tolist()
         if not math.isfinite(means[0] + grad_norm):
@@ -399,28 +395,32 @@ def train(args, data, val, vq, run, stop, rank, world, device):
         speed = B / (time.perf_counter() - began)
         bar.update()
 
-        measured = {}
-        if rank == 0 and due(args.sample_every, done, args):
-            save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
-            if val:
-                measured = held_out(ema, val, args)
-                bar.write(f"step {done}: held-out loss {measured['val']:.4f}")
-        if rank == 0 and (measured or done == 1 or done % args.log_every == 0):
-            record = {"step": done, **dict(zip(losses, means)), **measured}
-            record |= dict(grad_norm=grad_norm, lr=lr, images_per_second=speed)
-            log = run / "log.jsonl"
-            with InputError.explain(f"{log}: cannot be written"), open(log, "a") as file:
-                file.write(json.dumps(record) + "\n")
+        if rank == 0 and (done == 1 or done % args.log_every == 0):
+            record = dict(zip(losses, means), grad_norm=grad_norm, lr=lr, images_per_second=speed)
+            log(run, step=done, **record)
             bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s")
-        # The numbered one comes first: a run killed between the two would never write it.
+        # The numbered one first: a run killed after ckpt.pt alone would never write it.
         if rank == 0 and due(args.keep_every, done, args):
             save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
         if rank == 0 and (stopping or done == args.steps or due(args.ckpt_every, done, args)):
             save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
+        if rank == 0 and due(args.sample_every, done, args):
+            save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
+            if val:
+                by_t = held_out(ema, val, args)
+                mean = sum(by_t) / len(by_t)
+                log(run, step=done, val=mean, val_by_t=by_t)
+                bar.set_description(f"val={mean:.4f}")
         if stopping:
             break
     bar.close()
     return done
+
+
+def log(run, **record):
+    path = run / "log.jsonl"
+    with InputError.explain(f"{path}: cannot be written"), open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def due(every, done, args):
@@ -433,7 +433,7 @@ def flags():
     parser = make_parser(
         "Train on codes. The defaults are the paper's; (*) goes beyond it.",
         ("--data", str(Path(__file__).with_name("demo") / "cats"), "data directory"),
-        ("--val", str, "another, to measure the loss on it with each picture"),
+        ("--val", str, "another, whose loss is logged with each picture"),
         ("--name", str, "folder in runs/; None: the first free number"),
         ("--resume", False, "continue --name or the newest run"),
         ("--steps", 3_500_000, "training steps"),

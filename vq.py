@@ -180,7 +180,7 @@ class VQ(nn.Module):
 
     def decode_pixels(self, codes):
         """Decode codes [B,h,w] to pixels uint8 [B,H,W,3] on the CPU, in float32."""
-        batches = codes.split(8 if codes.is_cuda else 1)  # a CPU rounds by batch size
+        batches = codes.split(8 if codes.is_cuda else 1)  # on a CPU, batches change rounding
         with torch.autocast(codes.device.type, enabled=False):
             return torch.cat([to_pixels(self.decode(batch)).cpu() for batch in batches])
 
@@ -314,11 +314,13 @@ def open_arrays(args, labels, side, rank):
     with InputError.explain(f"{args.out}: damaged; remove it and repeat"):
         for mode in ("r", "r+"):  # "r" refuses a file cut short, which "r+" would fill up
             arrays = [np.load(path, mmap_mode=mode) for path in paths]
+        if {x.shape for x in arrays} != {blank.shape, labels.shape}:
+            raise ValueError("arrays of other images")
     return arrays
 
 
 def describe(args, vq, paths, classes):
-    """Return what meta.json says of the data; other pictures under the same names differ in it."""
+    """Return what meta.json records; other pictures of the same names differ in it."""
     files = []
     for path in paths:
         file = path.stat() if path.exists() else path.lstat()  # of a broken link
@@ -559,7 +561,7 @@ def wait_for(ready, limit=math.inf):
 def claim_folder(folder, note, record, rank, remake=False):
     """Write record to the file `note`; refuse, or remake, a folder of another record.
 
-    Return a function that refuses the folder once another command has taken it.
+    Return a function that refuses it once another command has taken it.
     """
     ignored = {"num_samples": 0, "tokenizer": ""}  # the tokenizer's sha256 counts
     ours = record | ignored
@@ -569,7 +571,7 @@ def claim_folder(folder, note, record, rank, remake=False):
             return (json.loads(note.read_text()) if note.exists() else {}) | ignored
 
     if rank == 0 and remake and "ckpt" in theirs() and theirs() != ours:
-        print(f"{folder}/ held samples of {theirs()['ckpt']}, and is made anew")
+        print(f"{folder}/ is made anew, it was of {theirs()['ckpt']}")
         for path in folder.glob("[0-9]*.png"):
             path.unlink()
     if rank == 0 and (theirs() == ours or not any(folder.glob("[!.]*"))):
@@ -615,7 +617,7 @@ def setup_process(name=None):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         else:
-            torch.empty(0, device=device)
+            torch.empty(0, device=device).cpu()
     return rank, world, device
 
 

@@ -5,9 +5,10 @@
 
 The picture is cropped and encoded as vq.py does. Sampling starts on the path from noise to its
 codes, at time --start: the later, the more of the picture stays. Codes in the box --keep end as
-they are; the others are sampled around them. Each repeat of --resample goes back to a later time
-with new noise, and on from there, so that the rest comes to fit (RePaint, arXiv 2201.09865, with
-jumps from the end). Image i has the noise of sample.py's image i. OUT.png is a sheet of all.
+they are; the others are sampled around them. Each repeat of --resample puts new noise on the
+result, less each time, and samples on from there, so that the rest comes to fit (RePaint, arXiv
+2201.09865, with jumps from the end). Image i has the noise of sample.py's image i. OUT.png is a
+sheet of all.
 
 Shapes: n images, h w grid of codes, H W pixels.
 """
@@ -108,7 +109,9 @@ def main(argv=None):
     _, _, device = setup_process()
     run = load_run(args.ckpt, args.data, device)
     if run.args.objective == "dfm":
-        raise InputError(f"--ckpt {run.ckpt}: of --objective dfm, which has no path from noise")
+        raise InputError(f"--ckpt {run.ckpt}: of --objective dfm, which has no mean")
+    if args.tau and run.args.objective not in TAU:
+        raise InputError(f"--tau: {run.ckpt} is of a regression, which has no posterior")
     args.tau = args.tau or TAU.get(run.args.objective)
     args.classes = pick_classes(args.classes, run.data.meta["classes"])
     save_image(args.out, edit(run, args), columns=min(10, len(args.classes)))

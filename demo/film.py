@@ -1,12 +1,13 @@
 """Picture how samples come about: a film strip of z_t, of mu_t, and of the posterior's entropy.
 
     python -m demo.film                     three samples of the newest run, film.png
-    python -m demo.film --gif film.gif      and all classes as a moving picture
+    python -m demo.film --gif film.gif      and ten classes as a moving picture
     python -m demo.film --order 2 --steps 10 --cfg-scale 1.5 --classes siamese calico
 
 Columns are times from 0 to 1. Each sample has three rows: the nearest codes of z_t, decoded; those
 of the last mu, where the model believes the path to end; and the entropy of the posterior at every
-position, in bits. In the last column z has landed on mu; its posterior is taken just before.
+position, in bits. In the last column z has landed, with --order 1 on mu; its posterior is taken at
+t = 1 - 1/steps.
 
 Shapes: B samples, d code dimension, h w grid, K codes, H W pixels of a picture.
 """
@@ -54,7 +55,7 @@ def follow(run, classes, args):
     recorder = Recorder(flow)
     sample_beyond(recorder, y, args.steps, args.tau, args.cfg_scale, noise, args.order)
     times, points, means = zip(*recorder.calls)
-    return y, list(zip(times, points, means[:1] + means))
+    return y, list(zip(times, points, means[:1] + means[:-1]))
 
 
 def decode(run, z):

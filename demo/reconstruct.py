@@ -1,6 +1,7 @@
 """Does a tokenizer suit your pictures? Look at what it makes of some, beside the originals.
 
-    python -m demo.reconstruct cat.jpg dog.png --vq vq-f8.ckpt
+    python -m demo.reconstruct cat.jpg dog.png --vq model.ckpt
+    python -m demo.reconstruct demo/cat.png --vq demo/cats/tokenizer.pt --size 64
 
 Each picture is cropped as vq.py does, encoded and decoded. OUT is a sheet, original | again.
 """
@@ -33,6 +34,7 @@ def main(argv=None):
         print(f"{path}: PSNR {psnr(original, again):.2f} dB")
         pairs += [original, again]
     save_image(args.out, pairs, columns=2)
+    print(args.out)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@
 
 tau(t) = start + (end - start) t. Each schedule samples 256 cats from each training and each of
 three seeds of the noise. A figure is their mean, and a bracket the difference to the best constant
-tau on the same trainings and noise, with the standard error of its mean.
+tau on the same trainings and noise, with the standard error over the three trainings.
 
-The calibrated tau(t) has the lowest cross-entropy on held-out codes at each t.
+The calibrated tau(t) has the lowest cross-entropy on held-out codes at each t. It is sampled, too.
 
 The tables are printed. The folder OUT receives falling.png and results.jsonl, a line for each set;
 what is in it is not measured again.
@@ -32,9 +32,9 @@ CONSTANT = [(tau, tau) for tau in (0.5, 0.7, 0.9, 1.1)]
 GRID = [(a, b) for a in STARTS for b in ENDS]
 SETUPS = {  # calls, order, guidance
     "ten calls of order 2": (10, 2, 1.0),
-    "the same, guidance 1.5": (10, 2, 1.5),
+    "ten calls of order 2, guidance 1.5": (10, 2, 1.5),
     "50 Euler steps": (50, 1, 1.0),
-    "the same, guidance 1.5 ": (50, 1, 1.5)
+    "50 Euler steps, guidance 1.5": (50, 1, 1.5)
 }
 FIGURES = "distance", "precision", "recall"
 SEEDS = 0, 1, 2

@@ -1,11 +1,11 @@
-"""Compare our networks with the codes they are equal to, and print a table of differences.
+"""Compare our networks with the originals they are equal to, and print a table of differences.
 
     python -m tests.originals --dit ../DiT --ldm ../latent-diffusion --llamagen ../LlamaGen \\
         --fidelity ../torch-fidelity
 
 Each path is a checkout: of facebookresearch/DiT (it needs timm), CompVis/latent-diffusion (einops),
 FoundationVision/LlamaGen, and toshas/torch-fidelity (torchvision). Those not given are skipped.
-Both sides have the same random weights, which go through a file as the published ones do, and the
+Both sides have the same random weights, but for DiT through a file as published ones come, and the
 same inputs, in float32 on a CPU. A difference is the largest absolute one.
 """
 import argparse
@@ -35,7 +35,7 @@ def largest(a, b):
 
 
 def compare_dit(folder):
-    """DiT-S/2 with 8 outputs, logits of 4 latents of 32x32."""
+    """DiT-S/2 with 8 outputs, as theirs has for 4 channels and their variances; 4 latents."""
     from models import DiT as Theirs
     size = SIZES["DiT-S/2"]
     theirs = randomise(Theirs(input_size=32, num_classes=1000, **size))

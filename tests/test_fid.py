@@ -291,6 +291,10 @@ def test_a_reference_that_holds_weights_is_measured_by_them(run, capsys):
     value, line = run("cats", "--ref", "real.npz", "--save-stats", "same.npz")
     assert value == pytest.approx(64, rel=1e-3) and "distance (not FID)" in line
     assert run("cats", "--ref", "same.npz")[0] < 1e-3  # it holds the weights, too
+    fid.main(["real.npz", "--save-stats", "again.npz"])
+    assert "distance (not FID)" in run("real.npz", "--ref", "again.npz")[1]
+    with pytest.raises(fid.InputError, match=r"cats/0.png: is \(32, 32, 3\), not \(64, 64, 3\)"):
+        run("cats", "--ref", "real.npz", "--size", "32")
     fid.main(["a", "--save-stats", "a.npz"])
     with pytest.raises(fid.InputError, match="a.npz, real.npz: cannot be compared"):
         run("a.npz", "--ref", "real.npz")

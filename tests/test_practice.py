@@ -1,7 +1,8 @@
-"""What one small GPU, a Mac or a long run asks of train.py: --recompute, --device, --val."""
+"""What one small GPU, a Mac or a long run asks for: memory, --recompute, --device, --val."""
 import contextlib
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -116,7 +117,7 @@ def test_the_device_is_a_gpu_if_there_is_one_or_what_is_asked_for(run, monkeypat
     fid.main(["two.npz", "--ref", "two.npz", "--device", "cpu"])
     monkeypatch.undo()
     for call in (lambda *x: main(*x), lambda *x: sample.main([*x]), lambda *x: fid.main(["a", *x])):
-        for name in ("mps", "cuda", "tpu"):
+        for name in ("mps", "cuda", "tpu", "meta"):
             with pytest.raises(InputError, match=f"--device {name}: not here"):
                 call("--device", name)
     assert not train.bf16_is_fast(torch.device("mps"))
@@ -139,10 +140,10 @@ def val(tiny_data):
 
 
 def plain_held_out(name, val, t):
-    """The mean loss of a run's averaged weights on all images, one after the other."""
+    """Return the mean loss of a run's averaged weights on all images, one after the other."""
     run = train.load_run(f"runs/{name}/ckpt.pt")
     data, _ = train.open_data(val, CPU)
-    rows = data.readable[np.linspace(0, 7, 256).astype(int)]
+    rows = data.readable[np.linspace(0, len(data.readable) - 1, 256).astype(int)]
     z0 = run.flow.prior(256, train.seeded("cpu", run.args.seed))
     losses = []
     for i, row in enumerate(rows):
@@ -164,6 +165,7 @@ def test_the_held_out_loss_is_that_of_the_averaged_weights(run, val, objective):
                  "--log-every", 3)
     assert [record["step"] for record in log] == [1, 2, 3, 4]
     assert ["val" in record for record in log] == [False, True, False, True]
+    assert ["loss" in record for record in log] == [True, False, True, False]
     by_t = log[-1]["val_by_t"]
     assert len(by_t) == 8 and log[-1]["val"] == pytest.approx(sum(by_t) / 8)
     for i in (0, 5, 7):
@@ -182,6 +184,23 @@ def test_the_held_out_loss_changes_no_training_and_resumes(run, val):
     assert again == log and ckpt["args"]["val"] == str(val)
     main("--name", "c", "--resume", "--steps", 7, "--val", "")
     assert "val" not in read("c")[1][-1]
+
+
+def test_a_checkpoint_is_saved_before_pictures_and_held_out_loss(run, val, monkeypatch):
+    monkeypatch.setattr(train, "held_out", Mock(side_effect=torch.OutOfMemoryError))
+    with pytest.raises(InputError, match="out of memory"):
+        run("a", "--steps", 3, "--sample-every", 3, "--val", val)
+    assert read("a")[0]["step"] == 3
+
+
+def test_held_out_codes_of_another_grid_are_refused(run, val):
+    np.save(val / "codes.npy", np.load(val / "codes.npy")[:, :1, :1])
+    with pytest.raises(InputError, match=f"{val}: .*image_size in meta.json do not fit"):
+        run("a", "--steps", 3, "--val", val)
+    meta = json.loads((val / "meta.json").read_text())
+    (val / "meta.json").write_text(json.dumps(meta | {"image_size": 8}))
+    with pytest.raises(InputError, match=f"{val}: not the data of .*image_size is 32 there, 8"):
+        run("a", "--steps", 3, "--val", val)
 
 
 @pytest.mark.parametrize("key, value", [
@@ -206,4 +225,5 @@ def test_the_demo_has_held_out_codes_of_its_own():
     with torch.no_grad():
         codes = tokenizer.encode(vq.from_pixels(pixels))
     assert (codes.numpy() == val.codes[:50]).mean() > 0.999
+    # No held-out cat is a training cat.
     assert not (cats.codes[:, None, :2] == val.codes[None, :50, :2]).all((2, 3)).any()

@@ -155,7 +155,7 @@ def test_the_default_folder_is_made_anew_and_a_named_one_is_not(trained, capsys)
     assert len(files) == 5 and "anew" not in out
     files, out = default("--num-samples", 3, "--tau", 0.5)
     assert len(files) == 3
-    assert f"samples/ held samples of {Path('runs/a/ckpt.pt').resolve()}, and is made anew" in out
+    assert f"samples/ is made anew, it was of {Path('runs/a/ckpt.pt').resolve()}" in out
     files, out = default("--num-samples", 2, "--tau", 0.5)
     assert len(files) == 2 and record("samples")["num_samples"] == 2
     make("named", n=4)
@@ -203,8 +203,8 @@ def test_a_checkpoint_that_is_damaged_or_of_other_data_is_named(trained, tiny_vq
         with pytest.raises(InputError, match=name) as error:
             make("x", "--ckpt", name.removesuffix(": "))
         assert "\n" not in str(error.value)
-    for flag in ("--tau 0", "--tau-end 0", "--cfg-scale nan", "--per-proc-batch-size 0",
-                 "--cfg-interval 0.2 1"):
+    for flag in ("--tau 0", "--tau-end 0", "--tau-end inf", "--cfg-scale nan",
+                 "--per-proc-batch-size 0", "--cfg-interval 0.2 1"):
         with pytest.raises(SystemExit):
             make("x", *flag.split())
     assert not Path("x").exists() and not Path("x.json").exists()

@@ -56,7 +56,7 @@ def read(name, folder="."):
     log = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     for record in log:
         for key in TIMING:
-            assert record.pop(key) > 1  # even on a slow machine
+            assert "val" in record or record.pop(key) > 1  # even on a slow machine
     return torch.load(path / "ckpt.pt", weights_only=True), log
 
 
@@ -185,9 +185,9 @@ def test_two_processes_train_as_one(tmp_path, tiny_data):
     call(tmp_path, *TORCHRUN, ROOT / "train.py", *flags, "four", "--accumulate", 2)
     one, two, four = (read(name, tmp_path)[1] for name in ("one", "two", "four"))
     for log in (one, two, four):  # approx() compares no lists in dictionaries
-        for i in (3, 7):
+        for i in (4, 9):
             assert sum(log[i].pop("val_by_t")) / 8 == pytest.approx(log[i]["val"])
-    assert len(one) == 8 and two == close(one) and four == close(one)
+    assert len(one) == 10 and two == close(one) and four == close(one)
 
 
 def test_processes_exchange_gradients_in_the_last_micro_batch_only():
@@ -411,6 +411,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_the_last_checkpoint_stays(r
     ckpt, log = read("a")
     assert 0 < ckpt["step"] == log[-1]["step"] < 50
     assert re.match(f"step {ckpt['step'] + 1}: loss (nan|inf).*--resume", str(error.value))
+    with pytest.raises(InputError, match="step 1: "):
+        run("b", "--steps", 2, "--grad-clip", "nan")
 
 
 def test_a_run_is_not_overwritten(run, tiny_data, tiny_size):
@@ -463,11 +465,11 @@ def test_an_unusable_data_directory_is_named(run, tiny_data, name, array):
 
 @pytest.mark.parametrize("key, value", [
     ("reference", 5), ("image_size", None), ("classes", {"black": 0}), ("tokenizer", ["a.pt"]),
-    ("classes", [1, 2, 3])])
+    ("classes", [1, 2, 3]), ("classes", ["black", "white", "ginger", None]), ("image_size", 64)])
 def test_a_wrong_entry_of_meta_json_is_named(run, tiny_data, key, value):
     meta = json.loads((tiny_data / "meta.json").read_text())
     (tiny_data / "meta.json").write_text(json.dumps(meta | {key: value}))
-    with pytest.raises(InputError, match=f"{tiny_data}: .*{key} in meta.json"):
+    with pytest.raises(InputError, match=f"{tiny_data}: .*{key}.* in meta.json"):
         run("a", "--steps", 1)
 
 

@@ -511,6 +511,10 @@ def test_damaged_arrays_are_refused_and_lost_ones_made_anew(name, size, run, ima
     assert os.path.getsize(tmp_path / "out" / name) == size
     (tmp_path / "out/labels.npy").unlink()
     assert run(images, "--flip") == whole
+    array = np.load(tmp_path / "out" / name)
+    np.save(tmp_path / "out" / name, array[:5])  # of other images
+    with pytest.raises(vq.InputError, match=f"{tmp_path}/out: damaged; .*other images"):
+        run(images, "--flip")
 
 
 def test_a_process_waits_for_the_first_and_encodes_the_rows_of_its_number(
