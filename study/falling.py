@@ -30,11 +30,14 @@ STARTS = 0.5, 0.7, 0.9, 1.1
 ENDS = 0.3, 0.5, 0.7, 0.9
 CONSTANT = [(tau, tau) for tau in (0.5, 0.7, 0.9, 1.1)]
 GRID = [(a, b) for a in STARTS for b in ENDS]
-SETUPS = {  # calls, order, guidance
-    "ten calls of order 2": (10, 2, 1.0),
-    "ten calls of order 2, guidance 1.5": (10, 2, 1.5),
-    "50 Euler steps": (50, 1, 1.0),
-    "50 Euler steps, guidance 1.5": (50, 1, 1.5)
+CALIBRATED = "calibrated", ""
+ALL = [*dict.fromkeys(GRID + CONSTANT), CALIBRATED]
+FEW = [*CONSTANT, (0.9, 0.3), (0.9, 0.5), (1.1, 0.3), (1.1, 0.5), CALIBRATED]
+SETUPS = {  # calls, order, guidance; schedules
+    "ten calls of order 2": ((10, 2, 1.0), ALL),
+    "ten calls of order 2, guidance 1.5": ((10, 2, 1.5), ALL),
+    "50 Euler steps": ((50, 1, 1.0), ALL),
+    "50 Euler steps, guidance 1.5": ((50, 1, 1.5), FEW)
 }
 FIGURES = "distance", "precision", "recall"
 SEEDS = 0, 1, 2
@@ -42,7 +45,22 @@ TAUS = np.arange(0.3, 1.61, 0.05)
 TIMES = np.linspace(0, 0.95, 20)
 
 
-def calibrated(flow, codes):
+class Calibrated:
+    """A method at the temperatures tau, given at TIMES, whatever temperature is asked for."""
+
+    def __init__(self, flow, tau):
+        self.flow = flow
+        self.tau = tau
+
+    def mean(self, z, t, y, _, cfg):
+        tau = float(np.interp(t[0].item(), TIMES, self.tau))
+        return self.flow.mean(z, t, y, tau, cfg)
+
+    def __getattr__(self, name):
+        return getattr(self.flow, name)
+
+
+def calibrate(flow, codes):
     """Return the tau of lowest cross-entropy on codes [n,h,w] at each of TIMES."""
     found = []
     for t in TIMES:
@@ -58,25 +76,28 @@ def calibrated(flow, codes):
     return np.array(found)
 
 
-def measured(runs, results, device, start, end, calls, order, cfg):
-    """Return the FIGURES of a schedule, [runs * seeds, 3], from the table or anew."""
+def measured(runs, taus, results, device, start, end, calls, order, cfg):
+    """Return the FIGURES of a schedule, mean over seeds, [runs,3], from the table or anew."""
     eye, real, vq, _ = references(device)
     found = []
-    for path, run in runs.items():
+    for (path, run), tau in zip(runs.items(), taus):
         for seed in SEEDS:
             task = [path, fingerprint(run), seed, start, end, calls, order, cfg]
             if task not in results:
-                codes, coats = draw_codes(run.flow, 256, seed, steps=calls, order=order, cfg=cfg,
-                                          tau=start, tau_end=end)
+                settings = dict(steps=calls, order=order, cfg=cfg)
+                if start == "calibrated":
+                    codes, coats = draw_codes(Calibrated(run.flow, tau), 256, seed, **settings)
+                else:
+                    codes, coats = draw_codes(run.flow, 256, seed, tau=start, tau_end=end,
+                                              **settings)
                 figures = judge.figures(judge.look(eye, vq.decode_pixels(codes)), coats, real)
-                results[task] = [figures[name] for name in FIGURES]
+                results[task] = [float(figures[name]) for name in FIGURES]
             found.append(results[task])
-    return np.array(found)
+    return np.reshape(found, (len(runs), len(SEEDS), -1)).mean(1)
 
 
-def compare(runs, results, device, schedules, setup):
-    """Print a table of schedules, the best first; return the figures by schedule."""
-    found = {s: measured(runs, results, device, *s, *setup) for s in schedules}
+def compare(found):
+    """Print a table of schedules by their figures [runs,3], the best distance first."""
     constant = min(CONSTANT, key=lambda s: found[s][:, 0].mean())
     print("| tau at t = 0, 1 | " + " | ".join(FIGURES) + " |\n" + "|---" * 4 + "|")
     for schedule in sorted(found, key=lambda s: found[s][:, 0].mean()):
@@ -84,16 +105,15 @@ def compare(runs, results, device, schedules, setup):
         for values, others in zip(found[schedule].T, found[constant].T):
             gain = values - others
             error = gain.std(ddof=1) / len(gain) ** 0.5
-            cells.append(f"{values.mean():.3f} ({gain.mean():+.3f} +- {error:.3f})")
+            cells.append(f"{values.mean():.2f} ({gain.mean():+.3f} +- {error:.3f})")
         print("|", *schedule, "|", " | ".join(cells), "|", flush=True)
-    return found
 
 
 def draw(found, tau, path, pyplot):
     """Draw distance and recall against the end, a line for each start, and tau by t [runs,20]."""
     figure, panels = pyplot.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for i, name in ((0, "distance"), (2, "recall")):
-        axes = panels[min(i, 1)]
+    for axes, name in zip(panels, ("distance", "recall")):
+        i = FIGURES.index(name)
         for start in STARTS:
             axes.plot(ENDS, [found[start, end][:, i].mean() for end in ENDS], ".-",
                       label=f"tau {start} at t = 0")
@@ -116,14 +136,14 @@ def main(argv=None):
     runs = {path: load_run(path, device=device) for path in args.ckpts}
     results = Results(args.out / "results.jsonl")
     _, _, _, codes = references(device)
-    tau = np.array([calibrated(run.flow, codes[:200]) for run in runs.values()])
-    print("calibrated tau at t =", *TIMES.round(2), "\n", tau.round(2).tolist())
-    for name, setup in SETUPS.items():
+    taus = np.array([calibrate(run.flow, codes[:200]) for run in runs.values()])
+    print("calibrated tau at t =", *TIMES.round(2), "\n", taus.round(2).tolist())
+    for name, (setup, schedules) in SETUPS.items():
         print(f"\n{name}\n")
-        schedules = dict.fromkeys(GRID + CONSTANT)
-        found = compare(runs, results, device, schedules, setup)
+        found = {s: measured(runs, taus, results, device, *s, *setup) for s in schedules}
+        compare(found)
         if setup == (10, 2, 1.0):
-            draw(found, tau, args.out / "falling.png", pyplot)
+            draw(found, taus, args.out / "falling.png", pyplot)
 
 
 if __name__ == "__main__":
