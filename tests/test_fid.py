@@ -290,6 +290,7 @@ def test_a_reference_that_holds_weights_is_measured_by_them(run, capsys):
     np.savez("real.npz", mu=mu, sigma=sigma, count=9, **state)
     value, line = run("cats", "--ref", "real.npz", "--save-stats", "same.npz")
     assert value == pytest.approx(64, rel=1e-3) and "distance (not FID)" in line
+    np.testing.assert_allclose(np.load("same.npz")["mu"], features.mean(0), atol=1e-7)
     assert run("cats", "--ref", "same.npz")[0] < 1e-3  # it holds the weights, too
     fid.main(["real.npz", "--save-stats", "again.npz"])
     assert "distance (not FID)" in run("real.npz", "--ref", "again.npz")[1]

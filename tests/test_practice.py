@@ -48,9 +48,13 @@ def test_recomputed_blocks_have_the_same_gradients(bf16):
     assert all(a.equal(b) for a, b in zip(plain, again, strict=True)) and least < most / 2
 
 
-def test_recompute_trains_as_without_and_is_kept(run):
+def test_recompute_trains_as_without_and_is_kept(run, monkeypatch):
+    checkpoint = Mock(side_effect=model.checkpoint)
+    monkeypatch.setattr(model, "checkpoint", checkpoint)
     plain, log = run("a", "--steps", 3)
+    assert not checkpoint.called
     again, log2 = run("b", "--steps", 3, "--recompute")
+    assert checkpoint.call_count == 3 * 2  # blocks
     assert log == log2 and again["args"]["recompute"] and not plain["args"]["recompute"]
     assert all(x.equal(again["ema"][name]) for name, x in plain["ema"].items())
 
@@ -162,7 +166,7 @@ def plain_held_out(name, val, t):
 @pytest.mark.parametrize("objective", ["purrception", "cfm"])
 def test_the_held_out_loss_is_that_of_the_averaged_weights(run, val, objective):
     _, log = run("a", "--steps", 4, "--sample-every", 2, "--val", val, "--objective", objective,
-                 "--log-every", 3)
+                 "--log-every", 3, "--lr", 0.1, "--ema-decay", 0.1)
     assert [record["step"] for record in log] == [1, 2, 3, 4]
     assert ["val" in record for record in log] == [False, True, False, True]
     assert ["loss" in record for record in log] == [True, False, True, False]

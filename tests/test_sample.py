@@ -205,8 +205,9 @@ def test_a_checkpoint_that_is_damaged_or_of_other_data_is_named(trained, tiny_vq
         assert "\n" not in str(error.value)
     for flag in ("--tau 0", "--tau-end 0", "--tau-end inf", "--cfg-scale nan",
                  "--per-proc-batch-size 0", "--cfg-interval 0.2 1"):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as error:
             make("x", *flag.split())
+        assert error.value.code == 2
     assert not Path("x").exists() and not Path("x.json").exists()
 
 
