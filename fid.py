@@ -202,7 +202,7 @@ def our_name(key):
 def load_inception(path=None):
     """Load a frozen InceptionV3 from path, torch's hub cache, or a download."""
     net = InceptionV3()
-    with InputError.explain(f"--weights {path}: unusable; give {URL}"):
+    with InputError.explain(f"--weights {path}: unusable; give the file {URL}"):
         if path:
             state = torch.load(path, "cpu", weights_only=True)
         else:
@@ -318,7 +318,7 @@ def main(argv=None):
     reference = args.ref or reference
     if not (reference or args.save_stats):
         raise InputError(f"{args.samples}: no reference is recorded; give --ref")
-    if count and len(find_images(args.samples)) < count:
+    if not args.samples.is_file() and len(find_images(args.samples)) < count:
         raise InputError(f"{args.samples}: images are missing; repeat sample.py")
 
     theirs = reference and measure(reference, {}, args, device)

@@ -135,7 +135,7 @@ class Purrception(nn.Module):
     def guided(self, z, t, y, cfg):
         """Compute the features [B,N,D] whose logits are null + cfg (cond - null).
 
-        cond is with the class, null without. As the head is affine, it may run once, afterwards.
+        cond is with the class, null without. As the head is affine, it runs once, afterwards.
         """
         if cfg == 1:
             return self.model.hidden(z, t, y)

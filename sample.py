@@ -174,7 +174,7 @@ def main(argv=None):
     if rank == 0:
         wait_for(lambda: all(path.exists() for path in paths))
         shown = np.stack([Image.open(path) for path in paths[:100]])
-        columns = len(args.classes) if 1 < len(args.classes) < 10 else 10
+        columns = 10 - 10 % len(args.classes) or 10  # whole rounds of classes
         save_image(sheet, shown, columns)
         print(f"{len(paths)} images in {args.out}/, a sheet in {sheet}")
         if record["reference"]:

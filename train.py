@@ -177,7 +177,7 @@ def newest(folder, *patterns):
     files = []
     for pattern in patterns:
         found = glob.glob(f"{glob.escape(str(folder))}/{pattern}", recursive=True)
-        files += filter(os.path.exists, found)  # not broken links
+        files += filter(os.path.exists, found)
     if not files:
         raise InputError(f"{folder}/{patterns[-1]}: not found; train first")
     return Path(max(files, key=os.path.getmtime))
@@ -314,7 +314,7 @@ def announce(args, data, flow, world):
           f"{side}x{side} codes of {len(flow.codebook)}")
     print(f"network: {args.objective}, {args.model}, {size:.1f} million parameters")
     print(f"device: {world} {flow.codebook.device.type}, {'bf16' if args.bf16 else 'float32'}")
-    print(f"recipe.txt: {args.recipe or 'none'}; beyond the paper: {beyond or 'nothing'}")
+    print(f"recipe.txt: {args.recipe or 'none'}; beyond the paper: {', '.join(beyond) or 'none'}")
 
 
 @contextlib.contextmanager
@@ -492,7 +492,7 @@ def main(argv=None):
     args, run = parse(argv)
     rank, world, device = setup_process(args.device)
     if args.global_batch_size % (world * args.accumulate):
-        raise InputError(f"--global-batch-size: give a multiple of {world} * {args.accumulate}")
+        raise InputError(f"--global-batch-size: give a multiple of {world * args.accumulate}")
     data, vq = open_data(args.data, device)
     bind(args, data, run)
     args.data = str(data.path)

@@ -279,7 +279,7 @@ def load_vq(path, device="cpu"):
 # ----- encoding a data set
 
 # A row of codes.npy is EMPTY until it is encoded. Each process fills its own block of rows, so
-# machines share no page of a file. The same command resumes.
+# machines share no page of a file.
 EMPTY = 2 ** 16 - 1
 
 

@@ -114,7 +114,8 @@ def main(argv=None):
         raise InputError(f"--tau: {run.ckpt} is of a regression, which has no posterior")
     args.tau = args.tau or TAU.get(run.args.objective)
     args.classes = pick_classes(args.classes, run.data.meta["classes"])
-    save_image(args.out, edit(run, args), columns=min(10, len(args.classes)))
+    columns = 10 - 10 % len(args.classes) or 10  # whole rounds of classes
+    save_image(args.out, edit(run, args), columns)
     print(args.out)
 
 

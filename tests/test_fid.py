@@ -340,6 +340,12 @@ def test_the_reference_is_what_sample_py_recorded(run):
             run("a")
 
 
+def test_a_mistyped_folder_is_named_before_the_reference_is_measured(run, monkeypatch):
+    monkeypatch.setattr(fid, "measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(fid.InputError, match="nosuch: unreadable folder"):
+        fid.main(["nosuch", "--ref", "b"])
+
+
 @pytest.mark.parametrize("bad", ["missing", "cut.npz", "float.npz", "one"])
 def test_what_is_no_set_of_images_is_refused_by_name(bad, run):
     folder("one", 1)

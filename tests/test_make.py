@@ -2,12 +2,13 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY_VQ
 
 from demo.cats import make
 from train import open_data
-from vq import VQ, crop, from_pixels, load_vq, read_image, save_image
+from vq import VQ, InputError, crop, from_pixels, load_vq, read_image, save_image
 
 CPU = torch.device("cpu")
 
@@ -33,8 +34,11 @@ def test_a_data_directory_is_made_of_any_folder_of_pictures(tmp_path, monkeypatc
     for i, picture in enumerate(pictures):
         save_image(tmp_path / "photos" / "ab"[i % 2] / f"{i:02d}.png", picture)
     (tmp_path / "photos/a/00.png").write_bytes(b"")
-    make.main(["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--size", "32",
-               "--steps", "3", "--batch-size", "4"])
+    command = ["--images", str(tmp_path / "photos"), "--out", str(tmp_path / "out"), "--size", "32",
+               "--steps", "3", "--batch-size", "4"]
+    make.main(command)
+    with pytest.raises(InputError, match="--out .*/out: taken"):
+        make.main(command)
     data, vq = open_data(tmp_path / "out", CPU)
     assert data.codes.shape == (27, 4, 4) and data.meta["image_size"] == 32
     assert data.meta["classes"] == ["a", "b"] and data.labels.tolist() == [0] * 13 + [1] * 14

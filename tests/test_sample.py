@@ -88,7 +88,7 @@ def test_settings_change_the_images_and_are_recorded(trained, tiny_data):
         tau=0.9, cfg_scale=3, steps=3, seed=0, classes=[0, 1, 2], bf16=False,
         num_samples=6, reference=str(tiny_data / "reference.npz"), weights=record("a")["weights"])
     with Image.open("a.png") as page:
-        assert page.size == (3 * 34, 2 * 34)
+        assert page.size == (9 * 34, 34)  # three rounds of three classes, one begun
     for name, flags, value in (
             ("cfg_scale", ("--cfg-scale", 1), 1), ("tau", ("--tau", 0.1), 0.1),
             ("bf16", ("--bf16",), True), ("order", ("--order", 2), 2),

@@ -275,6 +275,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.images and (args.out == HERE or args.size < 16 or args.size % 16):
         parser.error("--images: give --out, and a --size that is a multiple of 16")
+    if args.images and (args.out / "meta.json").exists():
+        raise InputError(f"--out {args.out}: taken, give another")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     if args.images:
@@ -303,6 +305,7 @@ def main(argv=None):
           f"{len(codes.unique())} of {CONFIG['n_embed']} codes in use")
     save(args.out, vq, codes, labels[:args.num_images], classes,
          held_out[:500].numpy(), held_codes[:500], held_labels[:500])
+    print(f"next: python train.py --data {args.out}")
 
 
 if __name__ == "__main__":
