@@ -100,7 +100,7 @@ def film_strip(run, y, states, args):
     tiles = np.stack(columns, 2).reshape(-1, *columns[0].shape[2:])
     page = caption(sheet(tiles, len(states)), [f"t={t:.2f}" for t, _, _ in states])
     scale = heat(np.linspace(0, top, page.shape[1])[None, None], top, 1)[0].repeat(8, 0)
-    scale = caption(scale, ["0 bits", f"{top / 2:.1f}", f"{top:.1f} bits of entropy"])
+    scale = caption(scale, ["0 bits", f"{top / 2:.1f}", f"{top:.1f} bits"])
     return np.concatenate([page, scale])
 
 
