@@ -339,7 +339,7 @@ def encode_folder(args, vq, rank, world, device):
     if rank == 0:
         counts = dict(zip(classes, np.bincount(labels).tolist()))
         print(f"{len(paths)} images:", str(counts)[:500])
-        others = sum(path.suffix.lower() in OTHERS for path in args.images.rglob("*"))
+        others = len(find_images(args.images, OTHERS))
         if others:
             print(f"{others} HEIC, TIFF or AVIF files left out; convert to PNG")
     claim_folder(args.out, args.out / "meta.json", describe(args, vq, paths, classes), rank)
@@ -422,20 +422,21 @@ def to_pixels(x):
     return x.byte().movedim(1, -1)
 
 
-def find_images(folder, seen=None):
+def find_images(folder, suffixes=SUFFIXES, seen=None):
     """List the pictures in a folder and those below, which are entered once."""
     seen = seen or set()
     found = []
     with InputError.explain(f"{folder}: unreadable folder"):
-        if folder.resolve() in seen:
+        real = folder.resolve()
+        if real in seen:
             return []
-        seen.add(folder.resolve())
+        seen.add(real)
         for path in sorted(folder.iterdir()):
             if path.name.startswith((".", "__MACOSX")):  # hidden
                 continue
             if path.is_dir():
-                found += find_images(path, seen)
-            elif path.suffix.lower() in SUFFIXES:
+                found += find_images(path, suffixes, seen)
+            elif path.suffix.lower() in suffixes:
                 found.append(path)
     return found
 

@@ -433,7 +433,7 @@ def test_a_class_has_a_readable_picture_and_is_counted_before_encoding(
         run, images, tmp_path, capsys, monkeypatch):
     for name in FILES[3:6]:
         (images / name).write_bytes(b"")
-    for name in ("ant/phone.HEIC", "scan.tiff", "notes.txt"):
+    for name in ("ant/phone.HEIC", "scan.tiff", "notes.txt", "ant/._phone.HEIC"):
         (images / name).write_bytes(b"")
     monkeypatch.setattr(vq.VQ, "encode", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
