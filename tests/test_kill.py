@@ -33,7 +33,6 @@ def be(command, folder, rank, world, port, limit=0, cut=0):
     torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own lock would outlive a killed process
     model.SIZES["tiny"] = dict(depth=2, hidden_size=32, num_heads=2, patch_size=2)
-    time.strftime = lambda *_: "then"  # so that runs are started at the same time
     replace = os.replace
     files = []
 
