@@ -81,15 +81,17 @@ def measured(runs, taus, results, device, start, end, calls, order, cfg):
     eye, real, vq, _ = references(device)
     found = []
     for (path, run), tau in zip(runs.items(), taus):
+        flow = run.flow
+        settings = dict(steps=calls, order=order, cfg=cfg)
+        if start == "calibrated":
+            flow = Calibrated(flow, tau)
+        else:
+            settings |= dict(tau=start, tau_end=end)
+        weights = fingerprint(run)
         for seed in SEEDS:
-            task = [path, fingerprint(run), seed, start, end, calls, order, cfg]
+            task = [path, weights, seed, start, end, calls, order, cfg]
             if task not in results:
-                settings = dict(steps=calls, order=order, cfg=cfg)
-                if start == "calibrated":
-                    codes, coats = draw_codes(Calibrated(run.flow, tau), 256, seed, **settings)
-                else:
-                    codes, coats = draw_codes(run.flow, 256, seed, tau=start, tau_end=end,
-                                              **settings)
+                codes, coats = draw_codes(flow, 256, seed, **settings)
                 figures = judge.figures(judge.look(eye, vq.decode_pixels(codes)), coats, real)
                 results[task] = [float(figures[name]) for name in FIGURES]
             found.append(results[task])
