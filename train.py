@@ -413,6 +413,8 @@ def train(args, data, val, vq, run, stop, rank, world, device):
                 bar.set_description(f"val={mean:.4f}")
         if stopping:
             break
+    if rank == 0 and done == start:  # the newest may be a numbered one
+        save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
     bar.close()
     return done
 

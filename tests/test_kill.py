@@ -125,7 +125,7 @@ def commands(tmp_path, tiny_data, tiny_vq, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, file, cuts", [
-    ("train", "runs/a/ckpt.pt", (1, 2, 4, 5)), ("sample", "out/000000.png", (1, 9, 26)),
+    ("train", "runs/a/ckpt.pt", (1, 2, 4, 5, 12)), ("sample", "out/000000.png", (1, 9, 26)),
     ("vq", "out/codes.npy", (1, 2, 3, 4))])
 def test_a_command_killed_or_out_of_disk_and_repeated_ends_with_the_bytes_of_one_that_was_not(
         script, file, cuts, commands, tmp_path):
