@@ -260,8 +260,7 @@ class DFM(Purrception):
         """Sample codes [B,h,w] by Euler steps on the velocity (pi - onehot(z)) / (1 - t).
 
         In a step, a masked position becomes code k with probability pi_k / (T (1 - t)): its first
-        uniform number picks the step, its second the code. The release also masks codes again, and
-        ends with an arg max.
+        uniform number picks the step, its second the code. The release draws the others anew, too.
         """
         noise = self.prior(len(y)) if noise is None else noise
         when, which = noise.unbind(1)                      # [B,h,w] each

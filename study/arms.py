@@ -14,7 +14,8 @@ from sample import TAU
 
 VARIANCE = 1.47, 1.34, 0.34, 0.04               # of the cats' code vectors, by channel
 TAUS = 0.3, 0.5, 0.7, 0.9, 1.0, 1.2
-RESCALINGS = 0.8, 1.0, 1.2, 1.5, 2.0            # k of rescaled(), a regression's temperatures
+FALLING = 1.1, 0.3                              # tau at t = 0 and at t = 1
+RESCALINGS = 0.6, 0.8, 1.0, 1.2, 1.5, 2.0       # k of rescaled(), a regression's temperatures
 
 
 class Shuffled(Purrception):
@@ -28,7 +29,30 @@ class Shuffled(Purrception):
         super().__init__(model, codebook[order], *settings)
 
 
-OBJECTIVES["shuffled"] = Shuffled
+class Released(DFM):
+    """DFM with the sampler of the authors' release (sample_dfm there).
+
+    A step draws each position anew with probability 1 / (T (1 - t)), unmasked ones, too. There are
+    T - 1 steps, from t = 1e-4 on, and the last also draws what is still masked. The release's code
+    masks codes again and takes an arg max, but overwrites the results of both.
+    """
+
+    @torch.no_grad()
+    def sample(self, y, steps, tau, noise):
+        masked = len(self.codebook)
+        z = torch.full_like(noise[:, 0], masked, dtype=torch.long)
+        for s in range(steps - 1):
+            t = 1e-4 + s / steps
+            pi = self.posterior(z, torch.full_like(y, t, dtype=torch.float), y, tau)
+            drawn = torch.multinomial(pi.flatten(0, 2), 1).view_as(z)
+            due = torch.rand_like(noise[:, 0]) < 1 / (steps * (1 - t))
+            if s == steps - 2:
+                due |= z == masked
+            z = torch.where(due, drawn, z)
+        return z
+
+
+OBJECTIVES |= dict(shuffled=Shuffled, released=Released)
 
 
 class Arm(NamedTuple):
@@ -52,7 +76,12 @@ class Arm(NamedTuple):
         """The default temperature, which is sample.py's, and all temperatures tried."""
         if self.regresses:
             return 1.0, RESCALINGS
-        return TAU.get(self.objective, TAU["purrception"]), TAUS
+        return TAU["purrception" if self.same_path else "dfm"], TAUS
+
+    @property
+    def falls(self):
+        """Whether its temperature can fall with t."""
+        return self.same_path and not self.regresses
 
 
 ARMS = {
@@ -60,12 +89,15 @@ ARMS = {
     "cfm-logit-normal": Arm("cfm", "C7", ("--logit-normal",)),
     "endpoint": Arm("endpoint", "C4"),
     "purrception": Arm("purrception", "C1"),
+    "logit-normal": Arm("purrception", "C6", ("--logit-normal",)),
     "geometric": Arm("purrception", "C8", ("--geometric-head",)),
     "geometric-logit-normal": Arm("purrception", "C9", ("--geometric-head", "--logit-normal")),
     "dfm": Arm("dfm", "C2"),
-    "shuffled": Arm("shuffled", "C5"),          # at Purrception's learning rate
+    "released": Arm("released", "C3"),
+    "shuffled": Arm("shuffled", "C5"),
 }
-TUNED = tuple(name for name in ARMS if name != "shuffled")
+BORROWED = {"released": "dfm", "shuffled": "purrception"}   # whose learning rate they take
+TUNED = tuple(name for name in ARMS if name not in BORROWED)
 
 
 def rescaled(mean, k):

@@ -43,14 +43,18 @@ def measure(task):
 def measure_samples(flow, device, images, knob, seed):
     """Judge samples at a tau or, of a regression, with its mean rescaled by k.
 
-    They take 10 calls of order 2, DFM's 50 steps.
+    They take 10 calls of order 2, DFM's 50 steps. A tau may be a pair, at t = 0 and at t = 1.
     """
     eye, real, vq, _ = references(device)
+    torch.manual_seed(seed)     # the release's sampler draws in each step
     if isinstance(flow, DFM):
         settings = dict(steps=50, tau=knob)
     elif isinstance(flow, CFM):
         flow.mean = rescaled(flow.mean, knob)
         settings = dict(steps=10, order=2, tau=None)
+    elif isinstance(knob, tuple):
+        start, end = knob
+        settings = dict(steps=10, order=2, tau=start, tau_end=end)
     else:
         settings = dict(steps=10, order=2, tau=knob)
     codes, coats = draw_codes(flow, images, seed, **settings)
@@ -60,9 +64,11 @@ def measure_samples(flow, device, images, knob, seed):
 def measure_denoising(flow, codes):
     """Compare mu and pi with the truth on code grids [n,h,w], by TIMES.
 
-    Return lists over TIMES: rmse and, where there is a posterior, ce in nats a position and tenths.
+    Return lists over TIMES: rmse and, where there is a posterior, ce in nats a position, and over
+    tenths of the positions pi's probability of its best code and the share where it is right
+    (hits), and pi's own variance, sum_k pi_k |e_k - mu|^2, and the error |mu - z1|^2 (errors).
     """
-    found = dict(rmse=[], ce=[], tenths=[])
+    found = dict(rmse=[], ce=[], hits=[], errors=[])
     for t in TIMES:
         for name, value in denoise_at(flow, codes, t).items():
             found[name].append(value)
@@ -70,12 +76,13 @@ def measure_denoising(flow, codes):
 
 
 def denoise_at(flow, codes, t):
-    """Return rmse, ce and tenths at a time t, by name. What DFM sees unmasked, it knows."""
+    """Return rmse, ce, hits and errors at a time t. In the first two, DFM knows what it sees."""
     generator = seeded("cpu", 0, round(1000 * t))
     coats = torch.arange(len(codes), device=codes.device) % flow.model.num_classes
     squares = []
     nats = []
     guesses = []
+    errors = []
     for c, y in zip(codes.split(50), coats.split(50)):
         z0 = flow.prior(len(c), generator).to(c.device)
         time = torch.full((len(c),), t, device=c.device)
@@ -85,7 +92,12 @@ def denoise_at(flow, codes, t):
             mu = flow.mean(z, time, y)
         else:
             pi = flow.posterior(z, time, y)                     # [B,h,w,K]
-            mu = (pi @ flow.codebook).movedim(-1, 1)
+            E = flow.codebook
+            mean = pi @ E                                       # [B,h,w,d]
+            variance = pi @ E.square().sum(1) - mean.square().sum(3)
+            mu = mean.movedim(-1, 1)
+            error = (mu - z1).square().sum(1)
+            errors.append(torch.stack([variance, error]).flatten(1))
             p = pi.gather(3, c.unsqueeze(3)).squeeze(3)         # [B,h,w]
             if isinstance(flow, DFM):
                 known = z < len(flow.codebook)
@@ -98,15 +110,16 @@ def denoise_at(flow, codes, t):
     found = dict(rmse=torch.cat(squares).mean().sqrt().item())
     if nats:
         found["ce"] = torch.cat(nats).mean().item()
-        found["tenths"] = tenths(torch.cat(guesses, 1))
+        found["hits"] = tenths(torch.cat(guesses, 1))
+        found["errors"] = tenths(torch.cat(errors, 1))
     return found
 
 
-def tenths(guesses):
-    """Average confidences and hits [2,positions] over each tenth of the positions: [2,10] lists.
+def tenths(pairs):
+    """Average what was expected and found [2,positions] over tenths of the positions: [2,10] lists.
 
-    The tenth with the least confident positions comes first.
+    The tenth where the least was expected comes first.
     """
-    order = guesses[0].argsort(stable=True)
-    parts = guesses[:, order].tensor_split(10, 1)
+    order = pairs[0].argsort(stable=True)
+    parts = pairs[:, order].tensor_split(10, 1)
     return torch.stack([part.mean(1) for part in parts], 1).tolist()

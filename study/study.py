@@ -6,8 +6,8 @@
 
 The arms (arms.py) share the network but for its ends, the batch and the number of steps. Each has
 the best of four learning rates, by the judge's distance at its default temperature: the two best at
-seed 0 are compared over all seeds. The shuffled codebook takes Purrception's. There are two
-measures:
+seed 0 are compared over all seeds. The shuffled codebook takes Purrception's, the release's sampler
+DFM's. There are two measures:
 
     denoising    rmse(mu - z1) and cross-entropy on held-out code grids at fixed t, which need no
                  sampler, no temperature and no features
@@ -39,15 +39,16 @@ from scipy.integrate import trapezoid
 import train
 from demo.cats.cats import COATS, HERE
 from study import judge
-from study.arms import ARMS, TAUS, TUNED, Run, flags_of
+from study.arms import ARMS, BORROWED, FALLING, TAUS, TUNED, Run, flags_of
 from study.measure import TIMES, measure, references
 from study.samplers import Results, draw_codes, load_pyplot
 from train import load_run
 from vq import claim_folder, read_checkpoint, save_image, setup_process, write_whole
 
-FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(2e-3, 4e-3, 8e-3, 16e-3),
+FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
             images=256, grids=500)
 QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(4e-3,), images=128, grids=100)
+FIGURES = "distance", "precision", "recall"
 RACES = (                                       # which arm reaches whose end, and when
     ("purrception", "dfm"),
     ("purrception", "cfm"),
@@ -55,8 +56,11 @@ RACES = (                                       # which arm reaches whose end, a
     ("endpoint", "purrception"),
     ("geometric", "purrception"),
     ("geometric", "cfm"),
+    ("logit-normal", "purrception"),
     ("geometric-logit-normal", "purrception"),
     ("geometric-logit-normal", "cfm"),
+    ("geometric-logit-normal", "cfm-logit-normal"),
+    ("purrception", "released"),
 )
 
 
@@ -153,7 +157,7 @@ class Study:
         return np.reshape(found, (len(runs), len(knobs), len(steps)))
 
     def denoising(self, name, runs, step=None):
-        """Return rmse, ce or tenths of runs: [runs,times,...]."""
+        """Return rmse, ce, hits or errors of runs: [runs,times,...]."""
         tasks = [(run, step or self.set.steps, None) for run in runs]
         return np.array([one[name] for one in self.measured(tasks)])
 
@@ -258,8 +262,9 @@ def tune(study):
         if ARMS[arm].same_path:
             rmse = over_time(study.denoising("rmse", [Run(arm, lr, seeds[0]) for lr in rates]))
             rows.append([f"{arm}, rmse", *(f"{x:.3f}" for x in rmse)])
-    runs["shuffled"] = [run._replace(arm="shuffled") for run in runs["purrception"]]
-    study.train(runs["shuffled"])
+    for arm, other in BORROWED.items():
+        runs[arm] = [run._replace(arm=arm) for run in runs[other]]
+        study.train(runs[arm])
     head = "distance at seed 0 (mean over seeds) by rate", *(f"{lr:g}" for lr in rates)
     return runs, table(head, rows)
 
@@ -283,9 +288,13 @@ def converge(study, runs, pyplot):
             draw_curve(axes, marks, curve, label=name, color=arm.colour)
         ends = [shown(curve[:, -1], digits) for curve, digits in zip(found, (2, 2, 3))] + ["-"]
         others = [shown(study.figures(x, runs[name], [best])) for x in ("precision", "recall")]
-        rows.append([name, f"{runs[name][0].lr:g}", ends[0], best, ends[1], *others, ends[2]])
+        falling = ["-"] * 3
+        if arm.falls:
+            falling = [shown(study.figures(x, runs[name], [FALLING])) for x in FIGURES]
+        rate = f"{runs[name][0].lr:g}"
+        rows.append([name, rate, ends[0], best, ends[1], *others, *falling, ends[2]])
     floor = study.floor()
-    rows.append(["other real cats", "-", f"{floor:.2f}", *["-"] * 5])
+    rows.append(["other real cats", "-", f"{floor:.2f}", *["-"] * 8])
     titles = "distance, default temperature", "distance, best temperature", "rmse(mu - z1)"
     for axes, title in zip(panels, titles):
         axes.set(title=title, xlabel="training steps")
@@ -295,7 +304,7 @@ def converge(study, runs, pyplot):
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig("convergence.png", dpi=100)
     head = ("arm", "rate", "distance", "best tau or k", "distance there", "precision", "recall",
-            "rmse")
+            "distance, tau 1.1 to 0.3", "precision", "recall", "rmse")
     return table(head, rows) + race(curves, marks)
 
 
@@ -313,9 +322,9 @@ def race(curves, marks):
 def vary_temperature(study, runs, pyplot):
     """Draw distance, and recall against precision, by temperature; make a sheet, a row for each."""
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    names = "distance", "precision", "recall", "spread"
+    names = *FIGURES, "spread"
     rows = []
-    for name in TUNED:
+    for name in ARMS:
         arm = ARMS[name]
         _, knobs = arm.knobs
         found = [study.figures(x, runs[name], knobs)[..., 0] for x in names]  # [seeds,knobs] each
@@ -358,25 +367,27 @@ def denoise(study, runs, pyplot):
 
 
 def calibrate(study, runs, pyplot):
-    """Draw how often the most likely code is right, by its probability."""
-    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3.8), layout="constrained", sharex=True,
-                                     sharey=True)
+    """Draw what pi expects against what is found, by tenths of the positions."""
+    figure, panels = pyplot.subplots(1, 4, figsize=(14, 3.6), layout="constrained")
+    words = {
+        "hits": ("probability of the most likely code", "share where it is right"),
+        "errors": ("pi's own squared error of mu", "measured squared error")
+    }
+    cases = [(name, arm) for name in words for arm in ("purrception", "geometric-logit-normal")]
     rows = []
-    for axes, arm in zip(panels, ("purrception", "geometric-logit-normal")):
-        found = study.denoising("tenths", runs[arm])            # [seeds,times,2,10]
-        confidence, hits = np.moveaxis(found, 2, 0)
-        figures = {"probability": confidence, "right": hits, "error": np.abs(confidence - hits)}
-        for name, values in figures.items():
-            rows.append([f"{arm}, {name}", *(shown(x, 3) for x in values.mean(2).T)])
+    for axes, (name, arm) in zip(panels, cases):
+        found = study.denoising(name, runs[arm])                # [seeds,times,2,10]
+        for word, values in zip(words[name], np.moveaxis(found, 2, 0)):
+            rows.append([f"{arm}: {word}", *(shown(x, 3) for x in values.mean(2).T)])
         for i in (1, 3, 4, 5, 6):
-            x, y = confidence[:, i].mean(0), hits[:, i].mean(0)
-            axes.loglog(x, y, ".-", label=f"t = {TIMES[i]}")
-        axes.plot([0.005, 1], [0.005, 1], ":", color="grey")
-        axes.set(title=arm, xlabel="probability of the most likely code")
-    panels[0].set_ylabel("share where it is right")
+            expected, measured = found[:, i].mean(0)
+            axes.loglog(expected, measured, ".-", label=f"t = {TIMES[i]}")
+        ends = found.min(), found.max()
+        axes.plot(ends, ends, ":", color="grey")
+        axes.set(title=arm, xlabel=words[name][0], ylabel=words[name][1])
     panels[0].legend()
     figure.savefig("calibration.png", dpi=100)
-    return table(["the most likely code at t =", *TIMES], rows)
+    return table(["at t =", *TIMES], rows)
 
 
 def main(argv=None):

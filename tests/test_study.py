@@ -2,7 +2,7 @@
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -29,7 +29,8 @@ def test_the_arms_are_trained_alike_but_for_what_they_are_named_after(arm):
     assert settings == (2e-3, 1, False, 0, True)
     beyond = args.geometric_head, args.logit_normal
     assert beyond == ("geometric" in arm, "logit-normal" in arm)
-    assert args.objective == ("purrception" if "geometric" in arm else arm.split("-")[0])
+    plain = arm.removeprefix("geometric").removesuffix("logit-normal").strip("-")
+    assert args.objective == (plain or "purrception")
 
 
 @torch.inference_mode()
@@ -51,14 +52,20 @@ def test_denoising_is_measured_by_the_plain_formulas(name):
             assert found["ce"][i] == pytest.approx(ce, rel=1e-4)
             confidence, guess = pi.max(3)
             order = confidence.flatten().argsort()
-            for got, x in zip(found["tenths"][i], (confidence, guess == GRIDS)):
+            for got, x in zip(found["hits"][i], (confidence, guess == GRIDS)):
                 means = x.flatten().float()[order].view(10, -1).mean(1)
                 np.testing.assert_allclose(got, means, rtol=1e-4, atol=1e-6)
+            apart = (f.codebook - mu.movedim(1, -1).unsqueeze(3)).square().sum(4)  # |e_k - mu|^2
+            expected, error = found["errors"][i]
+            assert np.mean(expected) == pytest.approx((pi * apart).sum(3).mean().item(), rel=1e-3)
+            assert np.mean(error) == pytest.approx(mu.shape[1] * rmse ** 2, rel=1e-4)
+            assert sorted(expected) == expected
 
 
 @pytest.mark.parametrize("name, settings", [
     ("cfm", dict(steps=10, order=2, tau=None)), ("purrception", dict(steps=10, order=2, tau=2.0)),
-    ("endpoint", dict(steps=10, order=2, tau=None)), ("dfm", dict(steps=50, tau=2.0))])
+    ("endpoint", dict(steps=10, order=2, tau=None)), ("dfm", dict(steps=50, tau=2.0)),
+    ("released", dict(steps=50, tau=2.0))])
 def test_the_temperature_reaches_the_sampler(monkeypatch, name, settings):
     f = method(name)
     f.mean = plain = lambda *_: None
@@ -68,7 +75,29 @@ def test_the_temperature_reaches_the_sampler(monkeypatch, name, settings):
     monkeypatch.setattr(measure, "judge", MagicMock())
     measure.measure_samples(f, "cpu", 20, 2.0, 0)
     draw.assert_called_once_with(f, 20, 0, **settings)
-    assert (f.mean is plain) == (name in ("purrception", "dfm"))
+    assert (f.mean is plain) == (name in ("purrception", "dfm", "released"))
+    if name == "purrception":
+        measure.measure_samples(f, "cpu", 20, (2.0, 0.5), 0)
+        draw.assert_called_with(f, 20, 0, steps=10, order=2, tau=2.0, tau_end=0.5)
+
+
+@pytest.mark.parametrize("steps", [2, 5])
+def test_the_releases_sampler_draws_positions_anew_and_leaves_none_masked(steps):
+    f = method("released")
+    y = torch.arange(200) % 5
+    f.posterior = Mock(side_effect=lambda z, *_: torch.eye(K)[torch.where(z == K, 3, 4)])
+    torch.manual_seed(0)
+    z = f.sample(y, steps, 1.0, f.prior(200))
+    times = [call.args[1][0].item() for call in f.posterior.call_args_list]
+    assert times == pytest.approx([1e-4 + s / steps for s in range(steps - 1)])
+    states = [call.args[0] for call in f.posterior.call_args_list] + [z]
+    for t, old, new in zip(times[:-1], states, states[1:-1]):   # all but the last step
+        chance = 1 / steps / (1 - t)
+        for before, after in (K, 3), (3, 4):
+            here = old == before
+            share = (new[here] == after).float().mean() if here.any() else chance
+            assert share == pytest.approx(chance, abs=0.05)
+    assert set(z.unique().tolist()) <= {3, 4}
 
 
 @pytest.fixture
