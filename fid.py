@@ -308,7 +308,7 @@ def main(argv=None):
     parser = make_parser(
         "Fréchet distance between two sets of images.",
         ("--ref", Path, "reference; None: what sample.py recorded"),
-        ("--weights", Path, "of Inception; None: torch's hub cache, or a download"),
+        ("--weights", Path, "of Inception; None: torch's cache, or a download"),
         ("--size", 0, "crop pictures of folders as vq.py does; 0: no"),
         ("--save-stats", Path, "file to write, for --ref"))
     parser.add_argument("samples", type=Path, help="folder or .npz")

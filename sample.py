@@ -70,7 +70,7 @@ def fill_folder(run, args, paths, rank, world, check):
         for at in tqdm(range(0, len(todo), n), "sample", unit=" batches", disable=rank > 0):
             batch = todo[at:at + n]
             pixels = draw(run, args, batch)
-            list(saving)  # wait for the last batch, or raise its error
+            list(saving)  # wait for the last batch; raise its error
             check()
             saving = pool.map(save_image, [paths[i] for i in batch], pixels)
         list(saving)
@@ -80,14 +80,14 @@ def parse(argv):
     parser = make_parser(
         "Sample images from a checkpoint. (*) goes beyond the paper.",
         ("--ckpt", Path, "checkpoint; None: the newest"),
-        ("--data", str, "data directory, if it has moved"),
+        ("--data", str, "data directory, if moved"),
         ("--num-samples", 256, "images to make"),
         ("--tau", float, "temperature; None: 0.9 (dfm: 1)"),
-        ("--tau-end", float, "temperature at t = 1, linear in t from --tau; None: constant (*)"),
+        ("--tau-end", float, "temperature at t = 1, linear from --tau; None: constant (*)"),
         ("--cfg-scale", 1.0, "guidance scale; 1: off"),
-        ("--steps", 100, "steps, one network call each"),
+        ("--steps", 100, "steps, a network call each"),
         ("--seed", 0, "seed of the noise"),
-        ("--out", Path, "folder of PNG files; None: samples/, remade if need be"),
+        ("--out", Path, "PNG folder; None: samples/, remade if need be"),
         ("--per-proc-batch-size", 64, "images at a time"),
         ("--compile", False, "torch.compile the blocks"),
         ("--bf16", bool, "bf16 autocast; None: on GPUs"))

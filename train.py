@@ -106,7 +106,7 @@ def load_rows(data, rows, mirror, device):
 
 
 def seeded(device, *key):
-    """Make a generator, on the device if that has CUDA, else on the CPU."""
+    """Make a generator on a CUDA device, or else on the CPU."""
     [state] = np.random.SeedSequence(key).generate_state(1, np.uint64)
     device = device if "cuda" in str(device) else "cpu"
     return torch.Generator(device).manual_seed(int(state) >> 1)
@@ -203,7 +203,7 @@ def bind(args, data, run):
 
 
 def agree(read):
-    """Refuse processes that read other things, as on another machine."""
+    """Refuse processes that read other things."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, read)
     for other in everyone:
@@ -363,6 +363,9 @@ def train(args, data, val, vq, run, stop, rank, world, device):
     part = slice(rank * B // world, (rank + 1) * B // world)  # this process's share of a batch
     done = start
 
+    def save(name):
+        save_checkpoint(run / name, flow, ema, opt, done, args)
+
     for step in range(start, args.steps):
         began = time.perf_counter()
         codes, y = load_batch(data, args, step, part, device)
@@ -399,11 +402,11 @@ def train(args, data, val, vq, run, stop, rank, world, device):
             record = dict(zip(losses, means), grad_norm=grad_norm, lr=lr, images_per_second=speed)
             log(run, step=done, **record)
             bar.set_postfix_str(f"loss={means[0]:.3f}, {speed:.0f} images/s")
-        # The numbered one first: a run killed after ckpt.pt alone would never write it.
+        # The numbered one first: killed after ckpt.pt alone, a run would not write it.
         if rank == 0 and due(args.keep_every, done, args):
-            save_checkpoint(run / f"ckpt-{done:07d}.pt", flow, ema, opt, done, args)
+            save(f"ckpt-{done:07d}.pt")
         if rank == 0 and (stopping or done == args.steps or due(args.ckpt_every, done, args)):
-            save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
+            save("ckpt.pt")
         if rank == 0 and due(args.sample_every, done, args):
             save_samples(run / "samples" / f"{done:07d}.png", ema, vq, args)
             if val:
@@ -414,7 +417,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
         if stopping:
             break
     if rank == 0 and done == start:  # the newest may be a numbered one
-        save_checkpoint(run / "ckpt.pt", flow, ema, opt, done, args)
+        save("ckpt.pt")
     bar.close()
     return done
 
