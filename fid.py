@@ -272,10 +272,10 @@ def measure(path, weights, args, device):
         raise InputError(f"{path}: holds {len(images)} images; give two or more")
 
     def read(image):
-        if path.is_dir():
-            image = read_image(image)
-            image = crop(image, args.size) if args.size else np.asarray(image)
-        return image
+        if path.is_file():
+            return image
+        image = read_image(image)
+        return crop(image, args.size) if args.size else np.asarray(image)
 
     if weights:
         net = CatFeatures().eval().requires_grad_(False).to(device)

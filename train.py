@@ -43,8 +43,6 @@ from vq import (InputError, load_vq, make_parser, read_checkpoint, save_image, s
 # codes, flipped: uint16 [N,h,w] on the disk; labels [N]: -1 if unreadable; readable: other rows.
 Data = namedtuple("Data", "path meta codes flipped labels readable")
 
-ENTRIES = dict(tokenizer=str, image_size=int, classes=list, reference=str)  # of meta.json
-
 
 def open_data(path, device):
     """Open a data directory and its tokenizer. Raises InputError if they do not fit together."""
@@ -55,7 +53,7 @@ def open_data(path, device):
                          f"python vq.py {shlex.quote(str(path))} --vq TOKENIZER --out DIR")
     with InputError.explain(f"{path}: unusable; mend it or encode the images again"):
         meta = {"reference": ""} | json.loads(note.read_text())
-        for key, kind in ENTRIES.items():
+        for key, kind in dict(tokenizer=str, image_size=int, classes=list, reference=str).items():
             if not isinstance(meta.get(key), kind):
                 raise ValueError(f"{key} in meta.json is {meta.get(key)!r}")
         vq = load_vq(path / meta["tokenizer"], device)
