@@ -133,7 +133,7 @@ class InceptionV3(nn.Sequential):
             Mixed_7a=block_d(768),
             Mixed_7b=block_e(1280, MEAN),
             Mixed_7c=block_e(2048, MAX),
-            fc=nn.Linear(2048, 1008)))  # published, but not used
+            fc=nn.Linear(2048, 1008)))  # published, not used
 
     @torch.inference_mode()
     @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # TF32 is too coarse
@@ -145,7 +145,7 @@ class InceptionV3(nn.Sequential):
         x = x.contiguous(memory_format=torch.channels_last)
         for layer in list(self)[:-1]:
             x = layer(x)
-        return x.mean((2, 3))  # [B,2048,8,8] to [B,2048]
+        return x.mean((2, 3))  # [B,2048]
 
     def freeze(self):
         """Fold batch norms into convolutions, use channels-last: 2.2x faster on a CPU."""
@@ -313,6 +313,8 @@ def main(argv=None):
         ("--save-stats", Path, "file to write, for --ref"))
     parser.add_argument("samples", type=Path, help="folder or .npz")
     args = parser.parse_args(argv)
+    if args.size < 0:
+        parser.error("--size: negative")
     _, _, device = setup_process(args.device)
     reference, count = recorded(args.samples)
     reference = args.ref or reference

@@ -251,6 +251,8 @@ def test_images_are_found_in_all_folders_below_and_cropped_if_asked_for(run):
     Path("sizes/link").symlink_to(Path("more").absolute())
     with pytest.raises(fid.InputError, match="--size"):
         run("sizes", "--ref", "b")
+    with pytest.raises(SystemExit, match="2"):
+        run("sizes", "--ref", "b", "--size", -5)
     value, line = run("sizes", "--ref", "b", "--size", 8)
     assert "2 images (sizes)" in line and "few images: biased" in line  # fewer than features
     assert run("sizes", "--ref", "b", "--size", 24)[0] != value

@@ -148,7 +148,7 @@ def test_a_command_killed_or_out_of_disk_and_repeated_ends_with_the_bytes_of_one
         succeed(folder, command(folder))
         assert_same_end(folder, whole)
     assert killed[:1 + len(cuts)] == [False, *[True] * len(cuts)]
-    assert sum(killed) >= len(cuts) + KILLS // 2  # some kills at random moments come too late
+    assert sum(killed) >= len(cuts) + 2  # kills at random moments may come too late
 
 
 @pytest.mark.slow
