@@ -76,6 +76,8 @@ class Arm(NamedTuple):
         """The default temperature, which is sample.py's, and all temperatures tried."""
         if self.regresses:
             return 1.0, RESCALINGS
+        if self.objective == "released":        # it has no temperature
+            return 1.0, (1.0,)
         return TAU["purrception" if self.same_path else "dfm"], TAUS
 
     @property
