@@ -1,7 +1,7 @@
 """Measure the paper's claims at small scale: Purrception, its baselines and variants, on the cats.
 
     pip install -r study/requirements.txt      matplotlib, for the figures
-    python -m study.study                      about 50 minutes on 2 CPU cores, 2 GB in runs/study/
+    python -m study.study                      45 minutes on 2 CPU cores, 2 GB in runs/study/
     python -m study.study --quick              five minutes: one seed, one learning rate, short runs
 
 The arms (arms.py) share the network but for its ends, the batch and the number of steps. Each has
