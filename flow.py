@@ -43,10 +43,7 @@ class Purrception(nn.Module):
         return self.loss(z, t, y, codes)
 
     def noise(self, B, generator=None):
-        """Draw t ~ U(0, 1) [B], z0, and which labels to drop [B].
-
-        The authors' release draws t > 0.001 and drops no labels: its "no class" stays untrained.
-        """
+        """Draw t ~ U(0, 1) [B], z0, and labels to drop [B]; the release: t > 0.001, and none."""
         device = (generator or self.codebook).device
         t, u = torch.rand(2, B, generator=generator, device=device)
         z0 = self.prior(B, generator)
@@ -120,9 +117,7 @@ class Purrception(nn.Module):
 
     def posterior(self, z, t, y, tau=1.0, cfg=1.0):
         """Compute pi (Eq. 12, 15): [B,h,w,K]."""
-        pi = []
-        for _, logits in self.outputs(z, t, y, tau, cfg):
-            pi.append(torch.softmax(logits, 1))
+        pi = [torch.softmax(logits, 1) for _, logits in self.outputs(z, t, y, tau, cfg)]
         return self.on_grid(torch.cat(pi))
 
     @torch.no_grad()
@@ -180,7 +175,7 @@ class Purrception(nn.Module):
 class CFM(Purrception):
     """Regress the velocity: conditional flow matching (Lipman et al. 2023, arXiv 2210.02747).
 
-    The head returns d numbers per position. There is no posterior, so tau must be None.
+    The head returns d numbers per position; tau must be None.
     """
 
     posterior = None
@@ -202,9 +197,7 @@ class CFM(Purrception):
     def velocity(self, z, t, y, tau=None, cfg=1.0):
         """Return what the network regresses, guided: [B,d,h,w]."""
         assert tau is None, "a regression has no temperature"
-        out = []
-        for _, x in self.outputs(z, t, y, cfg=cfg):
-            out.append(x)
+        out = [x for _, x in self.outputs(z, t, y, cfg=cfg)]
         return self.on_grid(torch.cat(out)).movedim(-1, 1)
 
     def mean(self, z, t, y, tau=None, cfg=1.0):
@@ -350,21 +343,30 @@ def logit_normal(t):
     return torch.sigmoid(torch.special.ndtri(t))
 
 
-@torch.no_grad()
-def geometric_head(flow):
-    """Start the head with near logits for codes with near vectors; DiT starts it at zero.
+def geometric_head(flow, optimizer):
+    """Train the head as W + phi A, so that codes with near vectors learn together.
 
-    logit_k = h A phi_k,  phi_k = (e_k, e_k^2) standardised over codes,  A ~ N(0, 1/D)
+    phi_k = (e_k, e_k^2), standardised over codes. W holds the sum; A, what a step adds to it, is
+    zero between steps.
     """
     E = flow.codebook
     phi = torch.cat([E, E.square()], 1)  # [K,2d]
-    phi = phi - phi.mean(0)
-    phi = phi / phi.std(0).clamp(min=1e-6)
-    head = flow.model.final_layer.linear
-    D = head.in_features
-    for W in head.weight.split(len(E)):  # [K,D]
-        A = torch.randn(phi.shape[1], D, device=E.device)
-        W.copy_(phi @ A / D ** 0.5)
+    phi = F.batch_norm(phi, None, None, training=True)
+    W = flow.model.final_layer.linear.weight
+    phi = torch.block_diag(*[phi] * (len(W) // len(E)))  # [G*K,2d*G]
+    A = nn.Parameter(phi.new_zeros(phi.shape[1], W.shape[1]))
+
+    def before_step(*_):
+        A.grad = phi.T @ W.grad
+
+    @torch.no_grad()
+    def after_step(*_):
+        W.addmm_(phi, A)
+        A.zero_()
+
+    optimizer.add_param_group({"params": A})
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
 
 
 # ----- codes

@@ -165,7 +165,7 @@ def main(argv=None):
     check = claim_folder(args.out, Path(f"{args.out}.json"), record, rank, remake)
     paths = [args.out / f"{i:06d}.png" for i in range(args.num_samples)]
     if rank == 0:
-        sheet.unlink(missing_ok=True)  # it may be of other images
+        sheet.unlink(missing_ok=True)
         for path in {*args.out.glob("[0-9]*.png")} - {*paths}:  # fid.py would count them
             if not remake:
                 raise InputError(f"--out {args.out}: holds more images; give another")

@@ -150,7 +150,7 @@ def compile_blocks(model):
 
 
 def make_optimizer(flow, lr):
-    """Make the paper's AdamW. The authors' release has torch's eps, 1e-8."""
+    """Make the paper's AdamW; the release has torch's eps, 1e-8."""
     params = [p for p in flow.parameters() if p.requires_grad]
     return torch.optim.AdamW(params, lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
@@ -310,8 +310,8 @@ def announce(args, data, flow, world):
     beyond = [name for name in ("geometric_head", "logit_normal", "cooldown") if vars(args)[name]]
     print(f"data: {args.data}, {N} images, {len(args.classes)} classes, {flips}mirrored, "
           f"{side}x{side} codes of {len(flow.codebook)}")
-    print(f"network: {args.objective}, {args.model}, {size:.1f} million parameters")
-    print(f"device: {world} {flow.codebook.device.type}, {'bf16' if args.bf16 else 'float32'}")
+    print(f"network: {args.objective}, {args.model}, {size:.1f} million parameters, "
+          f"{'bf16' if args.bf16 else 'float32'} on {world} {flow.codebook.device.type}")
     print(f"recipe.txt: {args.recipe or 'none'}; beyond the paper: {', '.join(beyond) or 'none'}")
 
 
@@ -332,17 +332,16 @@ def train(args, data, val, vq, run, stop, rank, world, device):
     """Train, from the newest checkpoint if any, until list `stop` fills. Return steps done."""
     torch.manual_seed(args.seed)
     flow = build(args, data, vq.codebook).to(device)
-    if args.geometric_head and not isinstance(flow, CFM):
-        geometric_head(flow)
     ema = copy.deepcopy(flow).requires_grad_(False)
     opt = make_optimizer(flow, args.lr)
+    params = opt.param_groups[0]["params"]
+    if args.geometric_head and not isinstance(flow, CFM):
+        geometric_head(flow, opt)
     start = 0
     ckpt = "none"
     if run and any(run.glob("ckpt*.pt")):
         ckpt = newest(run, "ckpt*.pt")
         _, start = load_checkpoint(ckpt, model=flow.model, ema=ema.model, opt=opt)
-    [group] = opt.param_groups
-    params = group["params"]
     if world > 1:
         agree(vars(args) | dict(checkpoint=str(ckpt), step=start))
     if rank == 0:
@@ -373,7 +372,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
         noise = [x[part].to(device) for x in (t, z0, drop)]
         losses = backward(ddp, codes, y, noise, args)
 
-        # One message tells all processes the mean losses, and whether any was asked to stop.
+        # One message tells all processes the mean losses, and whether to stop.
         asked = torch.tensor(float(bool(stop)), device=device)
         message = torch.stack([*losses.values(), asked]) / world
         if world > 1:
@@ -387,7 +386,8 @@ def train(args, data, val, vq, run, stop, rank, world, device):
             raise InputError(f"step {step + 1}: loss {means[0]}; --resume with less --lr")
 
         lr = learning_rate(args, step)
-        group.update(lr=lr, weight_decay=args.weight_decay)  # not the checkpoint's
+        for group in opt.param_groups:  # not the checkpoint's
+            group.update(lr=lr, weight_decay=args.weight_decay)
         opt.step()
         opt.zero_grad()
         ramp = (1 + step) / (10 + step) if args.ema_ramp else 1.0
@@ -451,10 +451,10 @@ def flags():
         ("--ema-decay", 0.9999, "decay of the averaged weights"),
         ("--ema-ramp", False, "cap it at (1 + step) / (10 + step)"),
         ("--z-loss", 1e-5, "weight of the z-loss"),
-        ("--geometric-head", False, "start the head from the codebook (*)"),
+        ("--geometric-head", False, "let near codes learn together (*)"),
         ("--logit-normal", False, "draw logit(t) ~ N(0, 1) (*)"),
         ("--label-dropout", 0.1, "share of labels to drop"),
-        ("--seed", 0, "random seed"),
+        ("--seed", 0, "seed"),
         ("--bf16", bool, "bf16 autocast; None: if the hardware has it"),
         ("--compile", False, "torch.compile the blocks and the loss"),
         ("--log-every", 100, "steps between log lines"),
@@ -484,7 +484,7 @@ def parse(argv=None):
         with InputError.explain(f"{recipe}: unreadable; mend or remove it"):
             words = shlex.split(recipe.read_text("utf-8-sig"), comments=True)
         parser.set_defaults(recipe=" ".join(words))
-    args = parser.parse_args(argv, parser.parse_args(words))  # argv overrides the recipe
+    args = parser.parse_args(argv, parser.parse_args(words))
     counts = args.steps, args.global_batch_size, args.accumulate, args.log_every, args.seed + 1
     if min(counts) < 1:
         parser.error("--steps, --global-batch-size, --accumulate, --log-every, --seed: too small")

@@ -135,7 +135,7 @@ class VQ(nn.Module):
     """Autoencode images through a grid of codes. Defaults are vq-f8's, key names CompVis's.
 
     With l2_norm (LlamaGen), all e_k and encoder outputs are unit vectors; the authors' release
-    samples with e_k that are not normalised.
+    samples with other e_k.
     """
 
     def __init__(self, ch=128, ch_mult=(1, 2, 2, 4), num_res_blocks=2, z_channels=4, n_embed=16384,
@@ -432,7 +432,7 @@ def find_images(folder, suffixes=SUFFIXES, seen=None):
             return []
         seen.add(real)
         for path in sorted(folder.iterdir()):
-            if path.name.startswith((".", "__MACOSX")):  # hidden
+            if path.name.startswith((".", "__MACOSX")):
                 continue
             if path.is_dir():
                 found += find_images(path, suffixes, seen)
@@ -521,7 +521,7 @@ class InputError(SystemExit):
 def write_whole(path):
     """Open a file that becomes `path` once complete."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # ours alone
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:

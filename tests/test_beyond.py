@@ -124,20 +124,43 @@ def test_logit_normal_times_are_the_quantiles_of_uniform_ones():
     torch.testing.assert_close(torch.distributions.Normal(0, 1).cdf(logits), t, atol=1e-5, rtol=0)
 
 
-def test_a_geometric_head_starts_with_logits_linear_in_the_code_vectors_and_their_squares():
+def geometric(f, lr=0.01):
+    """Give f a geometric head that starts at zero; return its weight and optimizer."""
+    W = torch.nn.init.zeros_(f.model.final_layer.linear.weight)
+    optimizer = torch.optim.AdamW([W], lr, weight_decay=0.5)
+    flow.geometric_head(f, optimizer)
+    return W, optimizer
+
+
+def test_a_geometric_head_trains_W_and_A_of_the_sum_W_plus_phi_A():
     f = method()
-    flow.geometric_head(f)
+    weight, optimizer = geometric(f)
+    assert not weight.any()
     E = f.codebook
-    basis = torch.cat([E, E.square()], 1)
-    basis = ((basis - basis.mean(0)) / basis.std(0)).double()
-    weight = f.model.final_layer.linear.weight
-    positions = weight.detach().double().split(K)
-    assert weight.requires_grad and not positions[0].equal(positions[1])
-    for W in positions:                     # no more than phi_k, and a mean of zero over the codes
-        A = torch.linalg.lstsq(basis, W).solution
-        torch.testing.assert_close(basis @ A, W, atol=1e-5, rtol=0)
-        assert W.mean(0).abs().max() < 1e-5
+    phi = torch.cat([E, E.square()], 1)
+    phi = (phi - phi.mean(0)) / phi.std(0, correction=0)
+    G = len(weight) // K
+    D = weight.shape[1]
+    W = torch.zeros(G, K, D, requires_grad=True)
+    A = torch.zeros(G, phi.shape[1], D, requires_grad=True)
+    apart = torch.optim.AdamW([W, A], 0.01, weight_decay=0.5)
+    goal = torch.randn(len(weight), D)
+    for _ in range(5):
+        total = (W + phi @ A).flatten(0, 1)
+        torch.testing.assert_close(weight, total, atol=1e-4, rtol=0)
+        weight.grad = (weight.detach() - goal).sin()
+        optimizer.step()
+        optimizer.zero_grad()
+        apart.zero_grad()
+        (1 - (total - goal).cos()).sum().backward()
+        apart.step()
+    assert A.abs().mean() > 0.01 and not A[0].allclose(A[1])    # a place in the patch has its own
+
+
+def test_a_geometric_head_learns_alike_for_equal_codes():
+    f = method()
     f.codebook.fill_(0.3)
-    flow.geometric_head(f)
-    for W in weight.split(K):               # equal codes: equal and finite
-        assert W.isfinite().all() and W.equal(W[:1].expand_as(W))
+    weight, optimizer = geometric(f)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert weight.isfinite().all() and weight.equal(weight[:1].expand_as(weight))

@@ -221,7 +221,7 @@ def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run, flags, capsys):
 
 
 def test_a_run_killed_before_its_first_checkpoint_keeps_its_flags(run, monkeypatch):
-    """Here those of a regression, whose head does not start from the codebook."""
+    """Here those of a regression, whose head has no codes to learn together."""
     whole, _ = run("whole", "--steps", 3, "--objective", "cfm")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "update_ema", Mock(side_effect=[None, KeyboardInterrupt]))
