@@ -38,7 +38,7 @@ CONFIG = dict(ch=32, ch_mult=(1, 1, 2, 2), num_res_blocks=1, z_channels=64, n_em
               embed_dim=4, num_groups=8)
 RECIPE = """\
 --model DiT-demo/2
---steps 1100
+--steps 1300
 --global-batch-size 64
 --lr 0.0055
 --warmup 100
@@ -47,8 +47,8 @@ RECIPE = """\
 --logit-normal
 --ema-ramp
 --log-every 50
---ckpt-every 550
---sample-every 550
+--ckpt-every 650
+--sample-every 650
 """
 TRAIN_SEED = 0
 HELD_OUT_SEED = 1
