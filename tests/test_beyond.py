@@ -124,10 +124,10 @@ def test_logit_normal_times_are_the_quantiles_of_uniform_ones():
     torch.testing.assert_close(torch.distributions.Normal(0, 1).cdf(logits), t, atol=1e-5, rtol=0)
 
 
-def geometric(f, lr=0.01):
+def geometric(f):
     """Give f a geometric head that starts at zero; return its weight and optimizer."""
     W = torch.nn.init.zeros_(f.model.final_layer.linear.weight)
-    optimizer = torch.optim.AdamW([W], lr, weight_decay=0.5)
+    optimizer = torch.optim.AdamW([W], 0.01, weight_decay=0.5)
     flow.geometric_head(f, optimizer)
     return W, optimizer
 

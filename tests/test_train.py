@@ -179,7 +179,8 @@ def test_gradients_are_clipped_rounded_in_bf16_and_added_up_over_micro_batches(r
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path, tiny_data):
     flags = ("--data", tiny_data, "--model", "DiT-demo/2", "--steps", 8, "--global-batch-size", 8,
-             "--log-every", 1, "--no-bf16", "--sample-every", 4, "--val", tiny_data, "--name")
+             "--log-every", 1, "--no-bf16", "--sample-every", 4, "--val", tiny_data,
+             "--geometric-head", "--name")
     call(tmp_path, ROOT / "train.py", *flags, "one")
     call(tmp_path, *TORCHRUN, ROOT / "train.py", *flags, "two")
     call(tmp_path, *TORCHRUN, ROOT / "train.py", *flags, "four", "--accumulate", 2)
