@@ -38,12 +38,13 @@ class Released(DFM):
     """
 
     @torch.no_grad()
-    def sample(self, y, steps, tau, noise):
+    def sample(self, y, steps=100, tau=1.0, cfg=1.0, noise=None):
+        noise = self.prior(len(y)) if noise is None else noise
         masked = len(self.codebook)
         z = torch.full_like(noise[:, 0], masked, dtype=torch.long)
         for s in range(steps - 1):
             t = 1e-4 + s / steps
-            pi = self.posterior(z, torch.full_like(y, t, dtype=torch.float), y, tau)
+            pi = self.posterior(z, torch.full_like(y, t, dtype=torch.float), y, tau, cfg)
             drawn = torch.multinomial(pi.flatten(0, 2), 1).view_as(z)
             due = torch.rand_like(noise[:, 0]) < 1 / (steps * (1 - t))
             if s == steps - 2:

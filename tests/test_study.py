@@ -87,7 +87,7 @@ def test_the_releases_sampler_draws_positions_anew_and_leaves_none_masked(steps)
     y = torch.arange(200) % 5
     f.posterior = Mock(side_effect=lambda z, *_: torch.eye(K)[torch.where(z == K, 3, 4)])
     torch.manual_seed(0)
-    z = f.sample(y, steps, 1.0, f.prior(200))
+    z = f.sample(y, steps)
     times = [call.args[1][0].item() for call in f.posterior.call_args_list]
     assert times == pytest.approx([1e-4 + s / steps for s in range(steps - 1)])
     states = [call.args[0] for call in f.posterior.call_args_list] + [z]
