@@ -331,7 +331,7 @@ def test_processes_that_read_different_things_do_not_train_together(monkeypatch)
 
 
 def test_resuming_takes_the_newest_run_and_its_flags_unless_told_others(run, tiny_data):
-    run("a", "--steps", 1, "--weight-decay", 0.5)
+    run("a", "--steps", 1, "--weight-decay", 0.5, "--geometric-head")
     run("b", "--steps", 1)
     for name in ("args.json", "ckpt.pt"):
         os.utime(f"runs/b/{name}", (0, 0))
@@ -342,8 +342,8 @@ def test_resuming_takes_the_newest_run_and_its_flags_unless_told_others(run, tin
     assert ckpt["args"] == json.loads(Path("runs/a/args.json").read_text())
     main("--name", "a", "--resume", "--steps", 3, "--weight-decay", 0.25)
     for after, decay in ((ckpt, 0.5), (read("a")[0], 0.25)):
-        [group] = after["opt"]["param_groups"]
-        assert (group["weight_decay"], group["lr"]) == (decay, 0.25)
+        groups = after["opt"]["param_groups"]  # the second is the geometric head's
+        assert [(group["weight_decay"], group["lr"]) for group in groups] == 2 * [(decay, 0.25)]
 
 
 def test_checkpoints_and_pictures_are_made_when_due_and_at_the_end(run):
