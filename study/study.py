@@ -2,7 +2,7 @@
 
     pip install -r study/requirements.txt      matplotlib, for the figures
     python -m study.study                      45 minutes on 2 CPU cores, 2 GB in runs/study/
-    python -m study.study --quick              five minutes: one seed, one learning rate, short runs
+    python -m study.study --quick              four minutes: one seed, one learning rate, short runs
 
 The arms (arms.py) share the network but for its ends, the batch and the number of steps. Each has
 the best of four learning rates, by the judge's distance at its default temperature: the two best at
