@@ -414,7 +414,7 @@ def train(args, data, val, vq, run, stop, rank, world, device):
                 bar.set_description(f"val={mean:.4f}")
         if stopping:
             break
-    if rank == 0 and done == start:  # the newest may be a numbered one
+    if rank == 0 and done == start and ckpt.name != "ckpt.pt":  # killed between the two
         save("ckpt.pt")
     bar.close()
     return done

@@ -209,7 +209,9 @@ def test_processes_exchange_gradients_in_the_last_micro_batch_only():
 def test_N_and_N_steps_resumed_are_2N_bit_for_bit(run, flags, capsys):
     run("half", "--steps", 7, "--log-every", 4, *flags)
     main("--resume", "--steps", 14)
-    main("--resume")  # a finished run changes no more
+    ended = os.path.getmtime("runs/half/ckpt.pt")
+    main("--resume")  # a finished run changes no more, and is not written again
+    assert os.path.getmtime("runs/half/ckpt.pt") == ended
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == ("runs/half/ckpt.pt: 14 of 14 steps; next: python sample.py "
                     "--ckpt runs/half/ckpt.pt")
