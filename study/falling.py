@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from study import judge
+from study.judge import FIGURES
 from study.measure import references
 from study.samplers import Results, draw_codes, fingerprint, load_pyplot
 from train import load_run, seeded
@@ -39,7 +40,6 @@ SETUPS = {  # calls, order, guidance; schedules
     "50 Euler steps": ((50, 1, 1.0), ALL),
     "50 Euler steps, guidance 1.5": ((50, 1, 1.5), FEW)
 }
-FIGURES = "distance", "precision", "recall"
 SEEDS = 0, 1, 2
 TAUS = np.arange(0.3, 1.61, 0.05)
 TIMES = np.linspace(0, 0.95, 20)

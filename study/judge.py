@@ -46,6 +46,7 @@ from vq import (InputError, from_pixels, load_vq, read_checkpoint, read_image, s
 
 WEIGHTS = Path(__file__).with_name("judge.pt")
 NEIGHBOURS = 3                                      # k of precision and recall
+FIGURES = "distance", "precision", "recall"         # those of figures() that tables compare
 
 
 # ----- the network

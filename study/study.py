@@ -40,6 +40,7 @@ import train
 from demo.cats.cats import COATS, HERE
 from study import judge
 from study.arms import ARMS, BORROWED, FALLING, TAUS, TUNED, Run, flags_of
+from study.judge import FIGURES
 from study.measure import TIMES, measure, references
 from study.samplers import Results, draw_codes, load_pyplot
 from train import load_run
@@ -48,7 +49,6 @@ from vq import claim_folder, read_checkpoint, save_image, setup_process, write_w
 FULL = dict(steps=640, checkpoints=4, batch=32, seeds=(0, 1, 2), rates=(1e-3, 2e-3, 4e-3, 8e-3),
             images=256, grids=500)
 QUICK = dict(steps=160, checkpoints=2, batch=32, seeds=(0,), rates=(4e-3,), images=128, grids=100)
-FIGURES = "distance", "precision", "recall"
 RACES = (                                       # which arm reaches whose end, and when
     ("purrception", "dfm"),
     ("purrception", "cfm"),
@@ -287,7 +287,7 @@ def converge(study, runs, pyplot):
         for axes, curve in zip(panels, found):
             draw_curve(axes, marks, curve, label=name, color=arm.colour)
         ends = [shown(curve[:, -1], digits) for curve, digits in zip(found, (2, 2, 3))] + ["-"]
-        others = [shown(study.figures(x, runs[name], [best])) for x in ("precision", "recall")]
+        others = [shown(study.figures(x, runs[name], [best])) for x in FIGURES[1:]]
         falling = ["-"] * 3
         if arm.falls:
             falling = [shown(study.figures(x, runs[name], [FALLING])) for x in FIGURES]
